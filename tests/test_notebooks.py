@@ -1,0 +1,63 @@
+"""What a reader finds in the notebooks, without running them: `nbdev_test` does that."""
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PATHS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+MACHINE_PATH = re.compile(r"/(?:home|root|Users|work|tmp/hq)/\w")
+
+
+def name_of(path: Path) -> str:
+    """Name a notebook from nbs/ on."""
+    return path.relative_to(ROOT / "nbs").as_posix()
+
+
+@pytest.fixture(params=PATHS, ids=name_of)
+def path(request) -> Path:
+    """Give each notebook in turn."""
+    return request.param
+
+
+def find_module(notebook) -> str | None:
+    """Find the module that a notebook writes."""
+    found = re.search(r"^#\| default_exp (\S+)", "\n".join(cell.source for cell in notebook.cells), re.MULTILINE)
+    return found and found[1]
+
+
+def test_notebook_is_stored_with_its_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    errors = [output.ename for output in outputs if output.output_type == "error"]
+    assert not errors, f"stored with errors: {errors}"
+    assert outputs, "no output is stored: run `make notebooks`"
+    assert not MACHINE_PATH.search(str(outputs)), "an output shows a path of the machine that it ran on"
+    assert path.stat().st_size <= 500_000, f"{path.stat().st_size:,} bytes: store smaller figures"
+
+
+def test_notebook_has_the_house_shape(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert re.match(r"# .+\n\n> .+", notebook.cells[0].source), "the first cell is `# title` and `> purpose`"
+    assert "nbdev.nbdev_export()" in notebook.cells[-1].source and "#| hide" in notebook.cells[-1].source
+    assert set(notebook.metadata) == {"kernelspec"}
+
+
+def test_notebook_imports_only_lower_numbers(path):
+    numbers = {find_module(nbformat.read(other, as_version=4)): other.name[:2] for other in PATHS if other.parent.name == "nbs"}
+    notebook = nbformat.read(path, as_version=4)
+    module = find_module(notebook)
+    if module is None:
+        pytest.skip("writes no module")
+    higher = set()
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "import" in cell.source and not re.search(r"^\s*[%!]", cell.source, re.MULTILINE):
+            for node in ast.walk(ast.parse(cell.source)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("carproto."):
+                    imported = node.module.removeprefix("carproto.")
+                    assert imported in numbers, f"carproto.{imported} has no notebook"
+                    higher |= {imported} if numbers[imported] >= numbers[module] else set()
+    assert not higher, f"imports from later notebooks: {higher}"

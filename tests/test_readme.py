@@ -1,0 +1,77 @@
+"""README says what is true: its links lead somewhere, its commands exist, its code names what the library has."""
+import re
+import runpy
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+make_readme = runpy.run_path(str(ROOT / "tools/readme.py"))["make_readme"]
+
+
+def find_code(language: str) -> list[str]:
+    """Collect README's fenced code in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def test_links_into_the_repository_lead_to_files():
+    relative = re.findall(r'(?:\]\(|(?:src|href)=")(?![a-z]+:|#)([^)"\s]+)', TEXT)
+    on_github = re.findall(r"/carproto/carproto/(?:blob|tree)/main/([^)\s]+)", TEXT)
+    missing = {link for link in relative + on_github if not (ROOT / link.split("#")[0]).exists()}
+    assert relative and on_github and not missing, f"lead nowhere: {sorted(missing)}"
+
+
+def test_every_notebook_is_listed():
+    names = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    missing = {name for name in names if f"]({name})" not in TEXT}
+    assert not missing, f"not in README (run `make notebooks NB=nbs/index.ipynb`): {sorted(missing)}"
+
+
+def test_commands_exist():
+    shell = "\n".join(find_code("bash"))
+    targets = set(re.findall(r"\bmake (\w+)", shell))
+    rules = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"demo", "test"} <= targets <= rules
+    commands = set(re.findall(r"\bcarproto_\w+", shell))
+    known = set(re.findall(r"\bcarproto_\w+(?==)", (ROOT / "settings.ini").read_text(encoding="utf-8")))
+    assert commands <= known
+    assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE), "CI runs another test command"
+
+
+def test_code_imports_what_the_library_has():
+    code = "\n".join(find_code("python"))
+    assert "import" in code
+    exec("\n".join(re.findall(r"^(?:from carproto\S* )?import .+$", code, re.MULTILINE)), {})
+    compile(code, "README.md", "exec")
+
+
+@pytest.fixture
+def notebook_path(tmp_path) -> Path:
+    """Write a notebook that has one cell of each kind."""
+    new, output = nbformat.v4, nbformat.v4.new_output
+    table = output("execute_result", data={"text/markdown": "[table](13_toycars.ipynb)"})
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
+    cells = [
+        new.new_markdown_cell('# title\n\n[core](00_core.ipynb) [up](../LICENSE) [out](https://x.org) [in](#a) <img src="images/a.jpg">'),
+        new.new_code_cell("#| hide\nsecret = 1"),
+        new.new_code_cell("#| export\ndef exported(): pass"),
+        new.new_code_cell("#| eval: false\nshown = 2"),
+        new.new_code_cell("#| echo: false\ntable()", outputs=[table]),
+        new.new_code_cell("print('words')", outputs=[output("stream", text="words\n")]),
+        new.new_code_cell("picture", outputs=[output("display_data", data={"image/png": pixel})]),
+    ]
+    nbformat.write(new.new_notebook(cells=cells), tmp_path / "index.ipynb")
+    return tmp_path / "index.ipynb"
+
+
+def test_generator_obeys_directives_and_moves_links(notebook_path):
+    text, pictures = make_readme(notebook_path)
+    for kept in ("# title", "](nbs/00_core.ipynb)", "](LICENSE)", "](https://x.org)", "](#a)", 'src="nbs/images/a.jpg"'):
+        assert kept in text
+    assert "```python\nshown = 2\n```" in text and "[table](nbs/13_toycars.ipynb)" in text and "    words" in text
+    for dropped in ("secret", "exported", "table()", "#|"):
+        assert dropped not in text
+    (name, content), = pictures.items()
+    assert name.startswith("nbs/images/readme_") and f"]({name})" in text and content.startswith(b"\x89PNG")
