@@ -6,6 +6,7 @@
 __all__ = ['MODES', 'check_intensities', 'blend_latents', 'blend_state', 'blend_generators', 'blend_frames']
 
 # %% ../nbs/40_blend.ipynb #d1b8c744
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -107,11 +108,13 @@ def blend_frames(
         both * float(w) if isinstance(w, bool) else check_intensities(w, extrapolate=extrapolate) for w in (code, generator)
     )
     if not len(both) == len(w_code) == len(w_generator):
-        raise CarprotoError(f"{len(both)} intensities, {len(w_code)} of the code and {len(w_generator)} of the generator: give as many of each")
+        counts = f"{len(both)} intensities, {len(w_code)} of the code, {len(w_generator)} of the generator"
+        raise CarprotoError(f"{counts}: give as many of each")
     device = next(common.parameters()).device
     codes = blend_latents(*(z.to(device).reshape(1, -1).expand(len(both), -1) for z in (z_a, z_b)), w_code.to(device), mode)
-    frames = []
-    for z, w in zip(codes.split(1), w_generator.tolist()):
-        state = blend_state(common, futuristic, w)
-        frames.append(functional_call(common, state, (z,)))
-    return torch.cat(frames)
+    own = copy.deepcopy(common)  # functional_call swaps weights in place, and a panel may draw from two threads
+    frames = torch.empty(len(both), 3, common.size, common.size, device=device)
+    for w in w_generator.unique().tolist():
+        chosen = (w_generator == w).to(device)
+        frames[chosen] = functional_call(own, blend_state(common, futuristic, w), (codes[chosen],))
+    return frames
