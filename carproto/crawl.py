@@ -16,7 +16,7 @@ from pathlib import Path
 from .core import atomic_path, progress
 from .fetch import Fetcher
 from .guard import FetchError, clean_url, read_picture
-from .manifest import Manifest, Record, export_url_list, lock_folder, read_manifest, write_data_card
+from .manifest import Manifest, Record, export_url_list, lock_folder, read_manifest, write_data_card  # noqa: F401
 
 # %% ../nbs/10_crawl.ipynb #3ad93b69
 _all_ = ["Record", "read_manifest", "write_data_card", "export_url_list"]

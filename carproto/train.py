@@ -20,8 +20,19 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .blocks import fixed_weights
 from .checkpoint import load_checkpoint, save_checkpoint
-from .core import CarprotoError, RunFolder, check_size, draw_latents, load_json, pick_device, pick_precision, progress
-from .core import save_json, seeded, to_tensor
+from carproto.core import (
+    CarprotoError,
+    RunFolder,
+    check_size,
+    draw_latents,
+    load_json,
+    pick_device,
+    pick_precision,
+    progress,
+    save_json,
+    seeded,
+    to_tensor,
+)
 from .losses import hinge_discriminator, hinge_generator
 from .regularize import DiffAugment, LeCam
 from .sngan import Discriminator, Generator, load_generator, measure_statistics, save_generator
@@ -38,8 +49,8 @@ class TrainConfig:
     steps: int = 10_000  # generator steps in all
     batch: int = 32  # pictures in a step of either network
     d_steps: int = 1  # discriminator steps for each generator step
-    lr_g: float = 2e-4  # Adam's learning rate of the generator
-    lr_d: float = 2e-4  # Adam's learning rate of the discriminator
+    lr_g: float = 5e-4  # Adam's learning rate of the generator
+    lr_d: float = 1e-3  # Adam's learning rate of the discriminator
     beta1: float = 0.0  # Adam's first decay
     beta2: float = 0.9  # Adam's second decay
     augment: str = "color,translation,cutout"  # DiffAugment's policy

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
-MACHINE_PATH = re.compile(r"/(?:home|root|Users|work|tmp/hq)/\w")
+MACHINE_PATH = re.compile(r"/(?:home|root|Users|work)/\w")
 
 
 def name_of(path: Path) -> str:

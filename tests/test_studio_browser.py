@@ -270,9 +270,9 @@ def test_page_from_disk(browser, work):
     for width, scheme in ((1400, "light"), (900, "dark")):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         asked, complaints = [], []
-        page.on("request", lambda request: asked.append(request.url) if not request.url.startswith("data:") else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda message: complaints.append(message.text))
+        page.on("request", lambda request: asked.append(request.url) if not request.url.startswith("data:") else None)  # noqa: B023
+        page.on("pageerror", lambda error: complaints.append(str(error)))  # noqa: B023
+        page.on("console", lambda message: complaints.append(message.text))  # noqa: B023
         page.goto(path.as_uri())
         slider, picture = page.locator("input[type=range]"), page.locator(".stage img")
         slider.focus()
