@@ -38,10 +38,10 @@ class DemoPlan:
     n_common: int = 4096  # common cars to learn from
     n_futuristic: int = 1024  # futuristic cars to learn from
     n_heldout: int = 512  # cars of either kind that are never trained on
-    gan_steps: int = 1600  # on common cars
-    finetune_steps: int = 300  # on futuristic cars
-    encoder_steps: int = 500  # on drawn cars
-    invert_steps: int = 100  # for each held-out car
+    gan_steps: int = 1100  # on common cars
+    finetune_steps: int = 240  # on futuristic cars
+    encoder_steps: int = 140  # on drawn cars
+    invert_steps: int = 60  # for each held-out car
     n_pairs: int = 64  # pairs of held-out cars that are blended
     gan_minutes: float = 5.0  # at most, in one session
     finetune_minutes: float = 1.2  # at most, in one session
@@ -119,7 +119,7 @@ def learn(
     generators = [common.generator, futuristic.generator]
     encoder = train_encoder(
         generators, folder / f"encoder-{futuristic.generator.fingerprint()[:6]}",
-        EncoderConfig(steps=plan.encoder_steps, report_every=max(1, plan.encoder_steps // 4), seed=plan.seed),
+        EncoderConfig(steps=plan.encoder_steps, lr=2e-3, report_every=max(1, plan.encoder_steps // 4), seed=plan.seed),
         title="learning to read codes", max_minutes=plan.encoder_minutes, quiet=quiet,
     )  # fmt: skip
     _check(encoder.interrupted, folder)
