@@ -82,7 +82,7 @@ def _judge(extractor: str, extractor_size: int, train: torch.Tensor, heldout: to
     if extractor == "none":
         return None
     looks = feature_extractor(extractor, size=extractor_size or None)
-    return Evaluator(heldout[:2000], looks, train=train[: max(2000, len(heldout))], show_bar=True)
+    return Evaluator(heldout[:2000], looks, train=train, show_bar=True)
 
 
 def _about(data: str, heldout: str, fit: str, cars: object, extractor: str) -> dict:

@@ -284,10 +284,15 @@ def write_page(
     pair, fine = best_pair(blends), torch.linspace(0, 1, 41)
     frames = blend_frames(models.common, models.futuristic, blends.common.z[pair], blends.futuristic.z[pair], fine)
     futurism = reader.read(frames)["futurism"].tolist()
-    kinds, errors = ("common", "futuristic"), ["distance_encoded", "distance_refined", "psnr_encoded", "psnr_refined"]
+    kinds = ("common", "futuristic")
+    errors = {"distance": "perceptual distance", "psnr": "PSNR (dB)"}
     names = ["steps", "kid", "kid_sd", "coverage", "precision", "recall", "copy_rate", "futurism"]
     quality = [[name, *(numbers[kind][name] for kind in kinds), *(numbers[kind]["real"].get(name) for kind in kinds)] for name in names]
-    reading = [[name, *(numbers[kind][name] for kind in kinds)] for name in errors]
+    reading = [
+        [f"{label}, {state}", *(numbers[kind][f"{name}_{state}"] for kind in kinds)]
+        for name, label in errors.items()
+        for state in ("encoded", "refined")
+    ]
     n, blend, encoder = numbers["common"]["n_real"], numbers["blend"], numbers["encoder"]
     return write_report(
         folder / "report.html",
@@ -295,7 +300,7 @@ def write_page(
         [
             Section("Slide", "A held-out common car turns into a held-out futuristic one: code and generator move together. It is the pair with "
                     "the median error, not the best one.", [Slider(frames, fine.tolist(), {"measured futurism": futurism})]),
-            Section("Real and generated", "Left, cars that the networks never saw. Right, cars drawn from random codes.",
+            Section("Real and generated", "Above, cars that the networks never saw. Below, cars drawn from random codes, not chosen.",
                     [Figure(pictures["real"], "A grid of held-out toy cars"), Figure(pictures["generated"], "A grid of generated cars")]),
             Section("Before and after FreezeD", "The same codes, drawn by the common generator and by its fine-tuned child.",
                     [Figure(pictures["freezed"], "Two rows of cars from the same codes, common above, futuristic below")]),
@@ -303,7 +308,7 @@ def write_page(
                     f"{encoder['r2']:.0%} of the variance of held-out codes and {encoder['image_r2']:.0%} of the images'.",
                     [Figure(pictures["inverted_common"], "Three rows: held-out common cars, encoded, refined"),
                      Figure(pictures["inverted_futuristic"], "Three rows: held-out futuristic cars, encoded, refined"),
-                     Table(["", *kinds], reading, "Perceptual distance and PSNR (dB) to the held-out car")]),
+                     Table(["", *kinds], reading, "How far from the held-out car; the mean over all pairs")]),
             Section("Six blends", f"Intensity from 0 to 1. Of {blend['pairs']} pairs, {blend['share_with_spearman_0.9']:.0%} have a rank "
                     "correlation of intensity and measured futurism of at least 0.9.",
                     [Figure(pictures["blends"], "Six rows of eleven frames, each from a common to a futuristic car")]),
