@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_WIDTH', 'INK', 'PAPER', 'PALETTE', 'FORMATS', 'QUANTITIES', 'HEALTH', 'add_title', 'as_pictures', 'image_grid',
-           'encode_picture', 'save_picture', 'show', 'image_strip', 'CurveFigure', 'plot_curves', 'compare_runs']
+           'encode_picture', 'save_picture', 'show', 'image_strip', 'plot_curves', 'compare_runs']
 
 # %% ../nbs/01_viz.ipynb #000913ee
 import io
@@ -216,7 +216,7 @@ def _describe(name: str) -> tuple[str, str]:
     return QUANTITIES.get(name, (name.replace("_", " "), name.replace("_", " ")))
 
 
-class CurveFigure(Figure):
+class _CurveFigure(Figure):
     "A matplotlib figure that shows itself in a notebook, with no pyplot and no global state."
 
     def _repr_png_(self) -> bytes:
@@ -246,12 +246,12 @@ def _name_curves(axes, ends: list[tuple[float, float, str, str]]) -> None:
         axes.text(1.02, height, name, transform=axes.transAxes, color=dark, va="center", fontsize=10)
 
 
-def _draw_panels(panels: list[tuple[str, list[tuple[str, Sequence[dict], str]]]], x: str, title: str | None) -> CurveFigure:
+def _draw_panels(panels: list[tuple[str, list[tuple[str, Sequence[dict], str]]]], x: str, title: str | None) -> _CurveFigure:
     "Draw one panel per axis label, each a list of `(curve name, rows, quantity)`."
     n_cols = min(len(panels), 3)
     n_rows = -(-len(panels) // n_cols)
     size = (9.6 if n_cols > 1 else 6.4, 2.9 * n_rows + (0.3 if title else 0))
-    figure = CurveFigure(figsize=size, dpi=100, layout="constrained", facecolor="white")
+    figure = _CurveFigure(figsize=size, dpi=100, layout="constrained", facecolor="white")
     for place, (label, curves) in enumerate(panels):
         axes, ends = figure.add_subplot(n_rows, n_cols, place + 1), []
         for i, (name, rows, quantity) in enumerate(curves):
@@ -280,7 +280,7 @@ def plot_curves(
     *,
     x: str = "step",  # the quantity along the horizontal axis
     title: str | None = None,  # of the figure
-) -> CurveFigure:  # at most `MAX_WIDTH` wide
+) -> _CurveFigure:  # at most `MAX_WIDTH` wide
     "Draw the numbers of one run, a panel per group of names."
     rows = rows.stats() if isinstance(rows, RunFolder) else rows
     groups = [[group] if isinstance(group, str) else list(group) for group in names]
@@ -294,7 +294,7 @@ def compare_runs(
     *,
     x: str = "step",  # the quantity along the horizontal axis
     title: str | None = None,  # of the figure
-) -> CurveFigure:  # at most `MAX_WIDTH` wide
+) -> _CurveFigure:  # at most `MAX_WIDTH` wide
     "Draw the same quantities of several runs, a curve per run."
     if not runs:
         raise CarprotoError("there is no run to compare: give at least one")

@@ -15,7 +15,8 @@ from nbdev.clean import nbdev_clean
 from tqdm import tqdm
 
 KEPT = re.compile(r"^\s*#\s*\|\s*(eval:\s*false|slow|cuda)\s*$", re.MULTILINE)
-SCRATCH_ID = re.compile(r"\b[0-9a-f]{32}\b")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+BAR = re.compile(r"\d+%\|")
 
 
 class StoringClient(NotebookClient):
@@ -27,20 +28,17 @@ class StoringClient(NotebookClient):
         return await super().async_execute_cell(cell, cell_index, **options)
 
 
-def number_widgets(text: str) -> str:
-    """Replace random widget ids by their order of appearance."""
-    ids = {}
-    return SCRATCH_ID.sub(lambda found: ids.setdefault(found[0], f"{len(ids):032x}"), text)
-
-
 def join_streams(notebook) -> None:
-    """Join pieces of one stream, whose cuts depend on timing, and drop what progress bars wrote over."""
+    """Join pieces of one stream, whose cuts depend on timing; drop progress bars, and widgets, which no stored page can move."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
         joined = []
         for output in cell.outputs:
             if output.output_type == "stream" and output.name == "stderr":
+                continue
+            is_widget = output.get("data", {}).pop(WIDGET, None) is not None
+            if is_widget and BAR.search(output.data.get("text/plain", "")):
                 continue
             if output.output_type == "stream" and joined and joined[-1].get("name") == output.name:
                 joined[-1].text += output.text
@@ -56,13 +54,13 @@ def main() -> None:
     paths = parser.parse_args().notebooks or sorted(p for p in Path("nbs").rglob("*.ipynb") if "checkpoints" not in str(p))
     for path in tqdm(paths, desc="notebooks"):
         notebook = nbformat.read(path, as_version=4)
-        client = StoringClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+        client = StoringClient(notebook, timeout=900, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}})
         try:
             client.execute()
         except Exception as error:
             sys.exit(f"{path}: {error}")
         join_streams(notebook)
-        path.write_text(number_widgets(nbformat.writes(notebook)) + "\n", encoding="utf-8")
+        path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
         nbdev_clean(str(path))
 
 
