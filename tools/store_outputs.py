@@ -1,6 +1,6 @@
 """Run notebooks in place and store their outputs, so that a reader sees the figures without running anything.
 
-Cells marked `eval: false`, `slow` or `cuda` keep the outputs that they have. Run twice, the files are the same to the byte.
+Cells marked `eval: false`, `slow` or `cuda` keep the outputs that they have. Only cells that measure time change from run to run.
 
     python tools/store_outputs.py nbs/00_core.ipynb ...      # these; none named means all
 """
@@ -29,7 +29,7 @@ class StoringClient(NotebookClient):
 
 
 def join_streams(notebook) -> None:
-    """Join pieces of one stream, whose cuts depend on timing; drop progress bars, and widgets, which no stored page can move."""
+    """Join pieces of one stream, whose cuts depend on timing; drop progress bars and widgets, which no stored page can move."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
@@ -54,7 +54,8 @@ def main() -> None:
     paths = parser.parse_args().notebooks or sorted(p for p in Path("nbs").rglob("*.ipynb") if "checkpoints" not in str(p))
     for path in tqdm(paths, desc="notebooks"):
         notebook = nbformat.read(path, as_version=4)
-        client = StoringClient(notebook, timeout=900, kernel_name="python3", store_widget_state=False, resources={"metadata": {"path": str(path.parent)}})
+        resources = {"metadata": {"path": str(path.parent)}}
+        client = StoringClient(notebook, timeout=900, kernel_name="python3", store_widget_state=False, resources=resources)
         try:
             client.execute()
         except Exception as error:
