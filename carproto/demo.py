@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from .blend import blend_frames
-from .core import CarprotoError, RunFolder, draw_latents, save_json, seeded, to_bytes, to_tensor
+from .core import CarprotoError, RunFolder, draw_latents, progress, save_json, seeded, to_bytes, to_tensor
 from .freezed import finetune_freezed
 from .invert import EncoderConfig, Inversion, grade_encoder, invert, train_encoder
 from .losses import PerceptualDistance, discriminator_maps
@@ -181,8 +182,12 @@ def read_and_blend(
         found[name] = invert(
             targets, getattr(models, name), models.encoder, perceptual=models.eyes[name], steps=plan.invert_steps, batch=64, quiet=quiet
         )
-    ends = zip(found["common"].z, found["futuristic"].z)
-    frames = torch.stack([to_bytes(blend_frames(models.common, models.futuristic, a, b, INTENSITIES)) for a, b in ends])
+    frames = []
+    with progress(n, "blending", unit="pair", quiet=quiet) as bar:
+        for a, b in zip(found["common"].z, found["futuristic"].z):
+            frames.append(to_bytes(blend_frames(models.common, models.futuristic, a, b, INTENSITIES)))
+            bar.update()
+    frames = torch.stack(frames)
     futurism = reader.read(frames.flatten(0, 1))["futurism"].view(n, -1)
     correlation = torch.tensor([rank_correlation(INTENSITIES, row) for row in futurism])
     return DemoBlends(found["common"], found["futuristic"], frames, futurism, correlation)
@@ -195,10 +200,12 @@ def measure(
     plan: DemoPlan,  # codes and seeds
     reader: ToyReader,  # the judge
     folder: Path,  # of the demo, for the steps done
+    *,
+    quiet: bool = False,  # no bar
 ) -> dict:  # by topic
     "Measure all that the demo claims."
     numbers = {"reader": reader.report}
-    for name in ("common", "futuristic"):
+    for name in tqdm(("common", "futuristic"), desc="measuring", unit="kind", disable=quiet):
         judge, G = judge_for(cars, name, reader), getattr(models, name)
         chosen = torch.randperm(len(getattr(cars, name)), generator=seeded(0))[: plan.n_heldout]
         drawn = generate_images(G, plan.n_heldout, seed=plan.seed)
@@ -337,7 +344,7 @@ def run_demo(
     cars = draw_cars(plan, quiet=quiet)
     models = learn(folder, cars, plan, reader, quiet=quiet)
     blends = read_and_blend(models, cars, plan, reader, quiet=quiet)
-    numbers = measure(models, blends, cars, plan, reader, folder)
+    numbers = measure(models, blends, cars, plan, reader, folder, quiet=quiet)
     save_json(numbers, folder / "numbers.json")
     write_page(folder, models, blends, draw_pictures(models, blends, cars, folder), numbers, reader)
     return numbers
