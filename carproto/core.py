@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'FITS', 'CarprotoError', 'check_size', 'open_picture', 'fit_square', 'to_tensor', 'to_bytes',
            'to_picture', 'pick_device', 'pick_precision', 'seeded', 'draw_latents', 'atomic_path', 'save_json',
-           'load_json', 'describe_environment', 'RunFolder', 'progress']
+           'load_json', 'cache_folder', 'describe_environment', 'RunFolder', 'progress']
 
 # %% ../nbs/00_core.ipynb #1aea03dc
 import dataclasses
@@ -231,6 +231,11 @@ def _jsonable(value: object) -> object:
     return value.item() if hasattr(value, "item") else str(value)
 
 # %% ../nbs/00_core.ipynb #d0383b9b
+def cache_folder() -> Path:  # what the environment variable CARPROTO_CACHE names, else ~/.cache/carproto
+    "Return the folder for what can be made again."
+    return Path(os.environ.get("CARPROTO_CACHE") or "~/.cache/carproto").expanduser()
+
+# %% ../nbs/00_core.ipynb #72209f56
 def describe_environment() -> dict:  # versions, machine, commit
     "Say what this run runs on."
     try:
@@ -254,7 +259,7 @@ def describe_environment() -> dict:  # versions, machine, commit
         "commit": commit,
     }
 
-# %% ../nbs/00_core.ipynb #f24e9ad0
+# %% ../nbs/00_core.ipynb #5bc819a3
 class RunFolder:
     "The folder of one run: config.json, env.json, stats.jsonl, samples/, checkpoints/."
 
@@ -289,14 +294,14 @@ class RunFolder:
             raise CarprotoError(f"{self.path} holds no run: there is no config.json in it")
         return load_json(self.path / "config.json")
 
-    def log(self, **values) -> None:
-        "Append one line of numbers to stats.jsonl."
-        with open(self.path / "stats.jsonl", "a", encoding="utf-8") as stats:
-            stats.write(json.dumps(values, default=_jsonable) + "\n")
+    def log(self, file: str = "stats.jsonl", /, **values) -> None:
+        "Append one line of numbers to stats.jsonl, or to another file of the run."
+        with open(self.path / file, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(values, default=_jsonable) + "\n")
 
-    def stats(self) -> list[dict]:
-        "Read stats.jsonl; a last line that a crash cut short is left out."
-        path = self.path / "stats.jsonl"
+    def stats(self, file: str = "stats.jsonl") -> list[dict]:
+        "Read stats.jsonl, or another file of lines; a last line that a crash cut short is left out."
+        path = self.path / file
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         rows = []
         for number, line in enumerate(lines):
@@ -313,7 +318,7 @@ class RunFolder:
         with atomic_path(self.path / "stats.jsonl") as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-# %% ../nbs/00_core.ipynb #b3b8a46b
+# %% ../nbs/00_core.ipynb #a004783b
 def progress(
     total: int | None,  # steps in all; None when not known
     title: str,  # what is being done
