@@ -6,6 +6,8 @@
 __all__ = ['jitter_color', 'translate', 'cut_out', 'DiffAugment', 'LeCam']
 
 # %% ../nbs/31_regularize.ipynb #2dfaa86a
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -87,8 +89,9 @@ class LeCam:
     def __init__(
         self,
         decay: float = 0.99,  # of the running means, per discriminator step
+        average: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,  # of a batch mean over several processes
     ):
-        self.decay = decay
+        self.decay, self.average = decay, average
         self.mean_real, self.mean_fake = torch.zeros(()), torch.zeros(())
 
     def __call__(
@@ -97,8 +100,9 @@ class LeCam:
         fake: torch.Tensor,  # logits of drawings, (M,)
     ) -> torch.Tensor:  # scalar: mean relu(real - mean_fake)^2 + mean relu(mean_real - fake)^2
         "Update the running means, then return the penalty, not yet weighted."
-        self.mean_real = torch.lerp(real.detach().mean(), self.mean_real.to(real.device), self.decay)
-        self.mean_fake = torch.lerp(fake.detach().mean(), self.mean_fake.to(fake.device), self.decay)
+        mean_real, mean_fake = self.average(torch.stack([real.detach().mean(), fake.detach().mean()]))
+        self.mean_real = torch.lerp(mean_real, self.mean_real.to(real.device), self.decay)
+        self.mean_fake = torch.lerp(mean_fake, self.mean_fake.to(fake.device), self.decay)
         return F.relu(real - self.mean_fake).square().mean() + F.relu(self.mean_real - fake).square().mean()
 
     def state_dict(self) -> dict:
