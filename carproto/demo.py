@@ -25,7 +25,8 @@ from .report import Figure, Section, Slider, Table, write_report
 from .sngan import Generator
 from .toycars import COMMON, FUTURISTIC, ToyCars
 from .toyreader import ToyReader, toy_reader
-from .train import TrainConfig, load_discriminator, train_gan
+from .train import load_discriminator, train_gan
+from .trainer import TrainConfig
 from .viz import image_grid, plot_curves, save_picture
 
 # %% ../nbs/52_demo.ipynb #84da8904
