@@ -6,6 +6,7 @@
 __all__ = ['Processes', 'join_batches']
 
 # %% ../nbs/23_processes.ipynb #4b8019f2
+import atexit
 import os
 
 import torch
@@ -24,7 +25,8 @@ class Processes:
         self.device, self.accelerator, self.n, self.index = device, None, 1, 0
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             self.accelerator = _join(device)
-            self.device, self.n, self.index = self.accelerator.device, self.accelerator.num_processes, self.accelerator.process_index
+            self.n, self.index = self.accelerator.num_processes, self.accelerator.process_index
+            self.device = self.accelerator.device if device.type != "cpu" else device
 
     @property
     def is_main(self) -> bool:
@@ -85,7 +87,9 @@ def _join(device: torch.device) -> object:
     except ImportError as error:
         raise CarprotoError('several processes need Accelerate: pip install "carproto[multi]"') from error
     handler = DistributedDataParallelKwargs(broadcast_buffers=False)
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[handler])
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[handler])
+    atexit.register(accelerator.end_training)  # a process that just ends may crash those that still talk to it
+    return accelerator
 
 # %% ../nbs/23_processes.ipynb #1c8c8bf0
 def join_batches(

@@ -175,7 +175,10 @@ def train_gan(
             note_session(trainer, run, changes)
         finished, interrupted = _run(trainer, run, clock, evaluate, heldout, title, quiet)
     except RuntimeError as error:
-        raise explain_memory(error, config) or error from error
+        explained = explain_memory(error, config)
+        if explained is None:
+            raise
+        raise explained from error
     G = trainer.drawing_generator().cpu()
     if processes.is_main:
         save_generator(G, run.path / "final", about={"steps": trainer.step, "run": run.path.name})
@@ -216,10 +219,10 @@ def resume(
     state = load_checkpoint(run.checkpoints, trainer.device)
     if state:
         trainer.load_state_dict(state)
-        if trainer.processes.is_main:
-            run.cut_stats(trainer.step)
     elif parent:
         trainer.start_from(parent)
+    if trainer.processes.is_main:
+        run.cut_stats(trainer.step)
     return Clock(max_minutes, state["seconds"] if state else 0.0)
 
 

@@ -185,7 +185,7 @@ class Trainer:
             raise CarprotoError(f"the checkpoint is of another architecture or version: {str(error).splitlines()[0][:120]}") from error
         if len(noise) != self.processes.n:
             raise CarprotoError(f"the run was trained by {len(noise)} processes, not {self.processes.n}: go on with as many")
-        self.noise.set_state(noise[self.processes.index])
+        self.noise.set_state(noise[self.processes.index].clone())  # a view of a larger tensor crashes PyTorch
         self.take_forms(state["forms"])
         self.set_rates()
         self.step = state["step"]

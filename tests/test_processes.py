@@ -1,0 +1,94 @@
+"""Training by two processes: the same gradients as one, one writer, and an exact resume."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from carproto.losses import hinge_generator
+from carproto.toycars import ToyCars
+from carproto.trainer import TrainConfig, Trainer
+
+pytest.importorskip("accelerate")
+BIN = Path(sys.executable).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+
+CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, augment="", lecam_start=0, precision="fp32")
+CHILD = """
+import sys, torch
+from test_processes import CONFIG, gradients, make_trainer
+trainer = make_trainer()
+torch.save(gradients(trainer), f"{sys.argv[1]}/{trainer.processes.index}.pt")
+"""
+
+
+def make_trainer() -> Trainer:
+    """A trainer whose codes are the process's own part of one fixed batch."""
+    trainer = Trainer(ToyCars(24, 16, seed=0).images, CONFIG, torch.device("cpu"))
+    codes = torch.randn(CONFIG.batch, CONFIG.z_dim, generator=torch.Generator().manual_seed(5))
+    trainer.codes = lambda: codes.chunk(trainer.processes.n)[trainer.processes.index]
+    return trainer
+
+
+def gradients(trainer: Trainer) -> dict:
+    """Gradients of one step of each network, and LeCam's means. Drawing for D uses fixed statistics, so that its batch does not matter."""
+    trainer.G.eval()
+    trainer.step_discriminator()
+    found = {f"D.{name}": p.grad.clone() for name, p in trainer.D.named_parameters()}
+    trainer.G.train()
+    trainer.step_generator()
+    found |= {f"G.{name}": p.grad.clone() for name, p in trainer.G.named_parameters()}
+    return {**found, "mean_real": trainer.lecam.mean_real, "mean_fake": trainer.lecam.mean_fake}
+
+
+def test_two_processes_learn_what_one_with_the_whole_batch_learns(tmp_path):
+    (tmp_path / "child.py").write_text(CHILD)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([*LAUNCHER, tmp_path / "child.py", tmp_path], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    both = [torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1)]
+    alone = make_trainer()
+    expected = gradients(alone)
+    again = make_trainer()  # the generator normalises each process's share by itself: one process that draws its batch in two parts
+    again.G.eval()
+    again.step_discriminator()
+    again.D.eval()
+    parts = [again.D(again.G.train()(part)) for part in again.codes().chunk(2)]
+    hinge_generator(torch.cat(parts)).backward()
+    expected |= {f"G.{name}": p.grad for name, p in again.G.named_parameters()}
+    for name, value in expected.items():
+        assert torch.equal(both[0][name], both[1][name]), name
+        assert (both[0][name] - value).abs().max() <= 1e-5 * value.abs().max() + 1e-6, name
+    assert any(value.abs().max() > 1e-3 for name, value in expected.items() if name.startswith("G."))
+
+
+def train(folder: Path, run: str, *options: str) -> subprocess.CompletedProcess:
+    """Run the training command as two processes."""
+    tiny = "--size 16 --width 4 --batch 8 --report-every 4 --device cpu".split()
+    line = [*LAUNCHER, BIN / "carproto_train", "--data", folder / "cars", "--run", run, *tiny, *options]
+    return subprocess.run(line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_write_one_run_and_resume_exactly(tmp_path):
+    ToyCars(40, 16, seed=2).save(tmp_path / "cars")
+    for run, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
+        done = train(tmp_path, run, "--steps", str(steps))
+        assert done.returncode == 0, done.stderr[-2000:]
+    whole, parts = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    steps = [json.loads(row)["step"] for row in (tmp_path / "whole" / "stats.jsonl").read_text().splitlines()]
+    assert steps == [4, 8]
+    sessions = [json.loads(row) for row in (tmp_path / "parts" / "sessions.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["n_processes"]) for row in sessions] == [(0, 2), (4, 2)]
+    alone = subprocess.run(
+        [BIN / "carproto_train", "--data", tmp_path / "cars", "--run", "parts", *"--size 16 --width 4 --batch 8 --steps 9".split()],
+        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert alone.returncode == 2 and "trained by 2 processes" in alone.stderr
+    uneven = train(tmp_path, "uneven", "--steps", "4", "--batch", "7")
+    assert uneven.returncode != 0 and "multiple of 2" in uneven.stderr
