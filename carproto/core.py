@@ -314,9 +314,11 @@ class RunFolder:
 
     def cut_stats(self, step: int) -> None:
         "Drop the lines after `step`, so that a resumed run does not report a step twice."
-        rows = [row for row in self.stats() if row.get("step", 0) <= step]
-        with atomic_path(self.path / "stats.jsonl") as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path = self.path / "stats.jsonl"
+        kept = "".join(json.dumps(row) + "\n" for row in self.stats() if row.get("step", 0) <= step)
+        if path.exists() and path.read_text(encoding="utf-8") != kept:
+            with atomic_path(path) as temporary:
+                temporary.write_text(kept, encoding="utf-8")
 
 # %% ../nbs/00_core.ipynb #a004783b
 def progress(
