@@ -49,7 +49,7 @@ bench: .venv/.runtime
 	@$(IN_VENV) python tools/bench.py $(ARGS)
 
 clean:
-	rm -rf .venv _docs _proc build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .bench _docs _proc build dist *.egg-info .pytest_cache .ruff_cache
 
 .venv/.runtime: $(INPUTS)
 	$(call install,.)

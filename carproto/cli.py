@@ -7,6 +7,7 @@ __all__ = ['run_command', 'main', 'carproto_demo', 'carproto_train', 'carproto_f
            'read_intensities', 'carproto_blend', 'carproto_evaluate', 'carproto_scrape', 'carproto_curate']
 
 # %% ../nbs/60_cli.ipynb #4fc5d1e7
+import os
 import sys
 from argparse import ArgumentParser
 from dataclasses import replace
@@ -111,6 +112,8 @@ def _about(data: str, heldout: str, fit: str, cars: object, extractor: str) -> d
 
 def _say_next(result: Result, hint: str) -> None:
     "Print what a training run left, and what one can do with it."
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     rows = [row for row in result.run.stats() if "kid" in row]
     if rows:
         best = min(rows, key=lambda row: row["kid"])

@@ -6,6 +6,7 @@
 __all__ = ['WINDOW', 'CrawlSummary', 'crawl', 'Record', 'read_manifest', 'write_data_card', 'export_url_list']
 
 # %% ../nbs/10_crawl.ipynb #feec0642
+import os
 from collections import Counter, deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,9 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from .core import atomic_path, progress
+from fastcore.basics import patch
+
+from .core import CarprotoError, progress
 from .fetch import Fetcher
 from .guard import FetchError, clean_url, read_picture
 from .manifest import Manifest, Record, export_url_list, lock_folder, read_manifest, write_data_card  # noqa: F401
@@ -24,20 +27,35 @@ _all_ = ["Record", "read_manifest", "write_data_card", "export_url_list"]
 # %% ../nbs/10_crawl.ipynb #05fcc106
 @dataclass
 class CrawlSummary:
-    "What a crawl did."
+    "What a crawl did with each record of its stream."
 
     saved: int = 0  # new pictures
     known: int = 0  # pictures that were there before
     given_up: int = 0  # addresses that an earlier run found hopeless; they were not asked again
+    repeated: int = 0  # links to an address that this stream had named before
     failed: Counter = field(default_factory=Counter)  # reason -> how often, in this run
 
+    @property
+    def n_failed(self) -> int:
+        "Count what failed in this run."
+        return sum(self.failed.values())
+
     def __str__(self) -> str:
+        counts = f"{self.saved} new pictures, {self.known} known, {self.given_up} given up before"
+        counts += f", {self.repeated} links repeated" if self.repeated else ""
         reasons = "; ".join(f"{n} x {reason}" for reason, n in self.failed.most_common(8))
-        counts = f"{self.saved} new pictures, {self.known} known, {self.given_up} given up before, {sum(self.failed.values())} failed"
-        return counts + (f" ({reasons})" if reasons else "")
+        return f"{counts}, {self.n_failed} failed" + (f" ({reasons})" if reasons else "")
 
-
-WINDOW = 32  # records under way for each worker, so that a slow host does not hold up the others
+# %% ../nbs/10_crawl.ipynb #4d122c87
+def _store(content: bytes, path: Path) -> None:
+    "Write a picture under a name that only a whole one gets; `Manifest` finds those that a power cut shortens."
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CarprotoError(f"cannot write {path}: {error.strerror}; put that right and crawl again, nothing is lost") from error
 
 
 def _bring(url: str, manifest: Manifest, fetcher: Fetcher) -> tuple[Path, dict]:
@@ -51,9 +69,85 @@ def _bring(url: str, manifest: Manifest, fetcher: Fetcher) -> tuple[Path, dict]:
             path.unlink()
     picture = fetcher.get_picture(url)
     path = manifest.images / f"{stem}.{picture.kind}"
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(picture.content)
+    _store(picture.content, path)
     return path, picture.facts
+
+# %% ../nbs/10_crawl.ipynb #5aae18e1
+WINDOW = 32  # records under way for each worker, so that a slow host does not hold up the others
+
+
+class _Desk:
+    "Where records come in and results are written down, in the same order; it keeps the account."
+
+    def __init__(self, manifest: Manifest, limit: int | None, n_waiting: int, bar):
+        self.manifest, self.limit, self.n_waiting, self.bar = manifest, limit, n_waiting, bar
+        self.summary, self.waiting, self.seen = CrawlSummary(), deque(), set()
+
+    def move_bar(self, is_picture: bool) -> None:
+        "Move the progress bar, which counts pictures up to a limit, or else everything."
+        self.bar.update(is_picture or self.limit is None)
+
+    def note(self, error: FetchError, page: str) -> None:
+        "Write down a failure."
+        self.manifest.fail(error, page)
+        self.summary.failed[error.reason.partition(" (images/")[0]] += 1
+        self.bar.set_postfix(errors=self.summary.n_failed, refresh=False)
+        self.move_bar(False)
+
+    def finish(self) -> None:
+        "Wait for the oldest picture under way and write down what came of it."
+        record, url, future = self.waiting.popleft()
+        try:
+            self.manifest.add(record, url, *future.result())
+            self.summary.saved += 1
+            self.move_bar(True)
+        except FetchError as error:
+            self.note(FetchError(error.reason, url, permanent=error.permanent), record.page)
+
+    def has_room(self) -> bool:
+        "Finish what is ready, or must be; say whether one more record is wanted."
+        while self.waiting:
+            n_hoped = self.summary.saved + self.summary.known + len(self.waiting)
+            at_limit = self.limit is not None and n_hoped >= self.limit
+            if not at_limit and len(self.waiting) < self.n_waiting and not self.waiting[0][2].done():
+                break
+            self.finish()
+        self.manifest.sync(every=1.0)
+        return self.limit is None or self.summary.saved + self.summary.known < self.limit
+
+# %% ../nbs/10_crawl.ipynb #fbcb77c9
+@patch
+def sort(
+    self: _Desk,
+    record: Record | FetchError,  # from the stream
+) -> str | None:  # the address to fetch; None when there is nothing to do
+    "Decide what a record needs."
+    try:
+        if isinstance(record, FetchError):
+            raise record
+        if not record.url:
+            raise FetchError("its source gives no address of the picture", record.page)
+        url = clean_url(record.url, record.page)
+    except FetchError as error:
+        self.note(error, getattr(record, "page", ""))
+        return None
+    is_done, is_repeated = url in self.manifest.done, url in self.seen
+    self.seen.add(url)
+    if not is_done and not is_repeated and url not in self.manifest.hopeless:
+        return url
+    self.summary.repeated += is_repeated
+    self.summary.known += is_done and not is_repeated
+    self.summary.given_up += not is_done and not is_repeated
+    self.move_bar(is_done and not is_repeated)
+    return None
+
+# %% ../nbs/10_crawl.ipynb #cd62f202
+def _open(folder: str | Path) -> Manifest:
+    "Open a folder's manifest; raise `CarprotoError` when the disk does not let us."
+    try:
+        return Manifest(folder)
+    except OSError as error:
+        raise CarprotoError(f"cannot use {folder} for a crawl: {error.strerror} ({error.filename})") from error
 
 
 def crawl(
@@ -66,63 +160,25 @@ def crawl(
     quiet: bool = False,  # no progress bar
 ) -> CrawlSummary:  # what was done
     "Fetch the picture of each record into a folder, with its provenance."
-    fetcher, summary, waiting = fetcher or Fetcher(), CrawlSummary(), deque()
+    fetcher, stream = fetcher or Fetcher(), iter(records)
     total = limit or (len(records) if hasattr(records, "__len__") else None)
     with lock_folder(folder), progress(total, f"crawl into {Path(folder).name}", unit="picture", quiet=quiet) as bar:
-        manifest, pool = Manifest(folder), ThreadPoolExecutor(n_workers)
-
-        def note(error: FetchError, page: str) -> None:
-            manifest.fail(error, page)
-            summary.failed[error.reason.partition(" (images/")[0]] += 1
-            bar.set_postfix(errors=sum(summary.failed.values()))
-
-        def finish() -> None:
-            record, url, future = waiting.popleft()
-            try:
-                manifest.add(record, url, *future.result())
-                summary.saved += 1
-                bar.update()
-            except FetchError as error:
-                note(FetchError(error.reason, url, permanent=error.permanent), record.page)
-
-        def full() -> bool:
-            wanted = limit is not None and summary.saved + summary.known + len(waiting) >= limit
-            return wanted or len(waiting) >= WINDOW * n_workers or waiting[0][2].done()
-
+        desk, pool = _Desk(_open(folder), limit, WINDOW * n_workers, bar), ThreadPoolExecutor(n_workers)
         try:
-            seen = set()
-            for record in records:
-                while waiting and full():
-                    finish()
-                manifest.sync()
-                if limit is not None and summary.saved + summary.known >= limit:
-                    break
-                try:
-                    if isinstance(record, FetchError):
-                        raise record
-                    url = clean_url(record.url, record.page)
-                except FetchError as error:
-                    note(error, getattr(record, "page", ""))
-                    continue
-                if url in seen:
-                    continue
-                seen.add(url)
-                if url in manifest.done:
-                    summary.known += 1
-                    bar.update()
-                elif url in manifest.hopeless:
-                    summary.given_up += 1
-                else:
-                    waiting.append((record, url, pool.submit(_bring, url, manifest, fetcher)))
+            while desk.has_room() and (record := next(stream, None)) is not None:
+                url = desk.sort(record)
+                if url:
+                    desk.waiting.append((record, url, pool.submit(_bring, url, desk.manifest, fetcher)))
                 if limit is None and getattr(records, "expected", None):
                     bar.total = max(records.expected, bar.n)
-            while waiting:
-                finish()
+            while desk.waiting:
+                desk.finish()
+            bar.total = limit or bar.n
         except BaseException:
             fetcher.stopped.set()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             fetcher.stopped.clear()
-            manifest.close()
-    return summary
+            desk.manifest.close()
+    return desk.summary

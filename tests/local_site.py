@@ -183,16 +183,25 @@ class LocalSite:
         links = [{name: f"{host}{name}/{photo}_{letter}.jpg" for name, (letter, _) in SIZES.items()} for photo in names + names[:2]]
         return f"<html><body><script>var gallery = {json.dumps({'images': links}).replace('/', chr(92) + '/')};</script></body></html>"
 
+    def count(self, term: str) -> int:
+        """Say how many pictures a search finds."""
+        return 0 if "nothing" in term else self.n_results
+
+    def shift(self, term: str) -> int:
+        """Say which picture a search finds first, so that two searches find some pictures both."""
+        return 0 if term.startswith("concept car") else 20
+
     def openverse(self, query: dict) -> str:
         """Answer like the image search of Openverse."""
         page, size = int(query.get("page", ["1"])[0]), int(query.get("page_size", ["20"])[0])
         term = query["q"][0]
+        n_results = self.count(term)
         found = [
             {
                 "id": f"id-{i}",
                 "title": f"{term} {i}",
                 "foreign_landing_url": f"{self.url}/landing/{i}",
-                "url": f"{self.url}/pictures/ov-{i}.jpg",
+                "url": f"{self.url}/pictures/ov-{i + self.shift(term)}.jpg",
                 "creator": f"Person {i % 3}",
                 "license": ["by", "cc0", "by-sa"][i % 3],
                 "license_version": "4.0" if i % 3 != 1 else "1.0",
@@ -202,20 +211,22 @@ class LocalSite:
                 "width": 120,
                 "height": 80,
             }
-            for i in range((page - 1) * size, min(page * size, self.n_results))
+            for i in range((page - 1) * size, min(page * size, n_results))
         ]
         return json.dumps(
-            {"result_count": self.n_results, "page_count": -(-self.n_results // size), "page_size": size, "page": page, "results": found}
+            {"result_count": n_results, "page_count": -(-n_results // size), "page_size": size, "page": page, "results": found}
         )
 
     def commons(self, query: dict) -> str:
         """Answer like the search of Wikimedia Commons, with a drawing and a page without a file among the results."""
+        if "list" in query:
+            return json.dumps({"batchcomplete": True, "query": {"searchinfo": {"totalhits": self.count(query["srsearch"][0])}, "search": []}})
         start, size = int(query.get("gsroffset", ["0"])[0]), int(query.get("gsrlimit", ["10"])[0])
-        pages = []
-        for i in range(start, min(start + size, self.n_results)):
+        n_results, shift, pages = self.count(query["gsrsearch"][0]), self.shift(query["gsrsearch"][0]), []
+        for i in range(start, min(start + size, n_results)):
             info = {
                 "url": f"{self.url}/pictures/full-{i}.jpg",
-                "thumburl": f"{self.url}/pictures/co-{i}.jpg",
+                "thumburl": f"{self.url}/pictures/co-{i + shift}.jpg",
                 "mime": "image/svg+xml" if i == 3 else "image/jpeg",
                 "descriptionurl": f"{self.url}/wiki/File:Concept_{i}.jpg",
                 "width": 4000,
@@ -229,13 +240,13 @@ class LocalSite:
             pages.append(
                 {"pageid": 100 + i, "ns": 6, "title": f"File:Concept {i}.jpg", "index": i + 1, **({} if i == 5 else {"imageinfo": [info]})}
             )
-        answer = {"query": {"pages": pages[::-1]}}
-        if start + size < self.n_results:
+        answer = {"batchcomplete": True, **({"query": {"pages": pages[::-1]}} if pages else {})}
+        if start + size < n_results:
             answer["continue"] = {"gsroffset": start + size, "continue": "gsroffset||"}
         return json.dumps(answer)
 
     def google(self, n_results: int = 12) -> str:
-        """Write a result page like those of Google Images, escapes and thumbnails included."""
+        """Write a result page like those of Google Images, escapes and thumbnails included; two more results come when one scrolls."""
         records = []
         for i in range(n_results):
             url = f"{self.url}/pictures/go-{i}.jpg?w=1\\u0026h=2"
@@ -245,8 +256,15 @@ class LocalSite:
                 f'"2003":[null,"k{i}","{self.url}/article/{i}","Concept \\"{i}\\" \\u0026 friends",null,0]}}]'
             )
         anchor = html.escape(f"/imgres?imgurl={self.url}/pictures/go-anchor.jpg&imgrefurl={self.url}/article/a&h=1&w=2")
+        more = """
+            let n = 0;
+            addEventListener("scroll", () => {
+                if (n++ < 2) document.body.insertAdjacentHTML("beforeend", `<a href="%s"><img alt="Later car"></a><p style="height:3000px"></p>`);
+            });
+        """ % f"/imgres?imgurl={self.url}/pictures/go-later-${{n}}.jpg&amp;imgrefurl={self.url}/article/later"
         return (
-            f'<html><body><script>var data = [{",".join(records)}];</script><a href="{anchor}"><img alt="Anchored car"></a></body></html>'
+            f'<html><body><script>var data = [{",".join(records)}];</script><a href="{anchor}"><img alt="Anchored car"></a>'
+            f'<p style="height:3000px"></p><script>{more}</script></body></html>'
         )
 
 
@@ -295,8 +313,14 @@ class _Handler(BaseHTTPRequestHandler):
                 self.reply(site.openverse(query), "application/json")
             elif path == "/w/api.php":
                 self.reply(site.commons(query), "application/json")
-            elif path in ("/search", "/google.html"):
+            elif path == "/search":
                 self.reply(site.google(), "text/html")
+            elif path == "/captcha/search":
+                self.reply("<html><p>Our systems have detected unusual traffic</p></html>", "text/html", 429)
+            elif path == "/consent/search":
+                self.reply("<html><h1>Before you continue to Google</h1><form action='//consent.google.com/s'></form></html>", "text/html")
+            elif path == "/recipe/search":
+                self.reply("<html>Take two eggs</html>", "text/html")
             else:
                 page = site.car_pages(path)
                 self.reply(page or "<html>nothing here</html>", "text/html; charset=utf-8", 200 if page else 404)

@@ -4,7 +4,9 @@ import errno
 import json
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,11 +22,12 @@ for name in ("requests", "protego", "selectolax"):
     pytest.importorskip(name)
 
 from carproto.core import CarprotoError  # noqa: E402
-from carproto.crawl import Record, crawl, read_manifest, write_data_card  # noqa: E402
+from carproto.crawl import Record, crawl, export_url_list, read_manifest, write_data_card  # noqa: E402
 from carproto.fetch import Fetcher  # noqa: E402
 from carproto.guard import FetchError  # noqa: E402
-from carproto.manifest import read_lines  # noqa: E402
-from carproto.sources import crawl_car_connection, read_photos  # noqa: E402
+from carproto.manifest import Manifest, read_lines  # noqa: E402
+from carproto.search import read_google, render_page, search_commons, search_images, search_openverse  # noqa: E402
+from carproto.sources import crawl_car_connection, read_links, read_photos, read_specs  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from local_site import LocalSite, draw_car, flat_png, gzip_bomb  # noqa: E402
@@ -94,7 +97,7 @@ BAD = {
     "empty.jpg": ("0 bytes", False),
     "bomb.png": ("too many pixels", True),
     "dot.png": ("too few", True),
-    "forbidden.jpg": ("answered 403", True),
+    "forbidden.jpg": ("answered 403", False),
     "gone.jpg": ("answered 404", True),
 }
 
@@ -155,6 +158,27 @@ def test_a_dead_host_is_left_alone():
     assert "refuses" in reasons[0] and "left alone" in reasons[-1]
 
 
+def test_a_proxy_opens_no_way_into_the_house(site, monkeypatch):
+    monkeypatch.setenv("http_proxy", site.url)
+    monkeypatch.delenv("no_proxy", raising=False)
+    asked = sum(site.log.values())
+    with pytest.raises(FetchError, match="private network"):
+        hasty(allow_private=False).get("http://10.0.0.1/pictures/1.jpg", obey_robots=False)
+    assert sum(site.log.values()) == asked
+    fetcher = hasty(retries=0, allow_private=["cars.invalid"])
+    assert fetcher.get("http://cars.invalid/pictures/1.jpg", obey_robots=False)[1] == draw_car("/pictures/1.jpg")
+
+
+def test_a_site_that_shows_the_door_is_left_alone(site, monkeypatch):
+    monkeypatch.setattr("carproto.fetch.MAX_REFUSALS", 3)
+    fetcher, reasons = hasty(), []
+    for _ in range(4):
+        with pytest.raises(FetchError) as caught:
+            fetcher.get_picture(f"{site.url}/faults/forbidden.jpg")
+        reasons.append(caught.value.reason)
+    assert reasons == ["the server answered 403"] * 3 + ["left alone, the host refused 3 times in a row"]
+
+
 # Manners.
 
 
@@ -190,65 +214,212 @@ def test_closed_doors_are_not_knocked_at(site):
 # A crawl.
 
 
+SLOW = ["silent.jpg", "stall.jpg", "drip.jpg", "header-drip.jpg"]
+
+
 def test_every_address_is_accounted_for(site, tmp_path):
     site.tried.clear()
     site.log.clear()
-    spellings = ["/pictures/a.jpg", "/pictures/../pictures/a.jpg#x", "pictures/a.jpg", f"HTTP://127.0.0.1:{site.port}/pictures/a.jpg"]
-    good = [f"/pictures/{i}.jpg" for i in range(6)] + ["/faults/twice-500.jpg", "/faults/wrong-type.jpg"]
+    host = f"HTTP://127.0.0.1:{site.port}"
+    spellings = ["pictures/a.jpg", "/pictures/../pictures/a.jpg#x", "/pictures/%61.jpg", f"{host}/x/%2e%2e/pictures/a.jpg"]
+    good = [f"/pictures/{i}.jpg" for i in range(6)] + [f"/faults/{fault}" for fault in ("twice-500.jpg", "wrong-type.jpg", "busy.jpg")]
+    good += ["/pictures/t%20%C3%BC.jpg"]
+    escaped = ["/pictures/t ü.jpg", "/pictures/t%20%c3%bc.jpg"]
     bad = {f"/faults/{fault}": expected for fault, expected in BAD.items() if fault != "away.jpg"}
-    records = [Record(url, page=f"{site.url}/", licence="CC0") for url in [*spellings, *good, *bad]]
+    bad |= {f"/faults/{fault}": ("no answer in time", False) for fault in SLOW} | {"/a/../private/1.jpg": ("robots.txt", True)}
+    records = [Record(url, page=f"{site.url}/", licence="CC0") for url in [*spellings, *good, *escaped, *bad]]
+    records += [Record("", page=f"{site.url}/nameless"), Record("ftp://a.example/1.jpg"), FetchError("no photos on the page", f"{site.url}/p")]
     random.Random(0).shuffle(records)
-    summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+    summary = crawl(records, tmp_path / "cars", hasty(retries=2), quiet=True)
     rows = {row["url"].removeprefix(site.url): row for row in read_manifest(tmp_path / "cars")}
     assert set(rows) == {"/pictures/a.jpg", *good} and summary.saved == len(rows)
-    assert site.log["/pictures/a.jpg"] == 1
+    assert summary.saved + summary.repeated + summary.n_failed == len(records) and summary.repeated == 3 + 2
+    assert site.log["/pictures/a.jpg"] == site.log["/pictures/t%20%C3%BC.jpg"] == 1 and "/private/1.jpg" not in site.log
     for row in rows.values():
         content = (tmp_path / "cars" / row["file_name"]).read_bytes()
         assert sha256(content).hexdigest() == row["sha256"] and len(content) == row["bytes"] and row["licence"] == "CC0" and row["page"]
     errors = {row["url"].removeprefix(site.url): row for row in read_lines(tmp_path / "cars" / "errors.jsonl")[0]}
+    bad["/private/1.jpg"] = bad.pop("/a/../private/1.jpg")
+    assert set(errors) == {*bad, "/nameless", "ftp://a.example/1.jpg", "/p"} and sum(summary.failed.values()) == len(errors)
     assert {url: (expected[0] in errors[url]["reason"], errors[url]["permanent"]) for url, expected in bad.items()} == {
         url: (True, e[1]) for url, e in bad.items()
     }
     site.log.clear()
-    again = crawl(records, tmp_path / "cars", hasty(), quiet=True)
-    assert again.saved == 0 and again.known == len(rows)
+    again = crawl(records, tmp_path / "cars", hasty(retries=0), quiet=True)
+    assert again.saved == 0 and again.known == len(rows) and again.given_up == sum(permanent for _, permanent in bad.values())
     assert set(site.log) == {"/robots.txt"} | {url for url, (_, permanent) in bad.items() if not permanent}
-    assert "CC0 | 9" in write_data_card(tmp_path / "cars").read_text()
+    assert f"CC0 | {len(rows)}" in write_data_card(tmp_path / "cars").read_text()
 
 
-def test_a_full_disk_stops_the_crawl_and_loses_nothing(site, tmp_path, monkeypatch):
-    real, calls = os.fsync, []
+def test_half_characters_do_no_harm(site, tmp_path):
+    records = [Record(f"{site.url}/pictures/half.jpg", title="car \ud83d", page="\udc80"), Record(f"{site.url}/\ud800.jpg")]
+    for known in (0, 1):
+        summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+        assert (summary.saved, summary.known) == (1 - known, known) and summary.n_failed + summary.given_up == 1
+    assert [row["title"] for row in read_manifest(tmp_path / "cars")] == ["car \ud83d"]
+    write_data_card(tmp_path / "cars")
+    for name in ("list.csv", "list.jsonl"):
+        export_url_list(tmp_path / "cars", tmp_path / name)
+        assert "half.jpg" in (tmp_path / name).read_text()
 
-    def fsync(handle):
-        calls.append(handle)
-        if len(calls) > 15:
+
+def test_a_site_that_goes_down_is_gone_on_with(tmp_path):
+    with LocalSite() as first:
+        records = [Record(f"{first.url}/pictures/{i}.jpg") for i in range(40)]
+        half = crawl(records[:20], tmp_path / "cars", hasty(retries=0), quiet=True)
+    down = crawl(records, tmp_path / "cars", hasty(retries=0), quiet=True)
+    assert (half.saved, down.known, down.n_failed) == (20, 20, 20)
+    with LocalSite(port=first.port):
+        rest = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+    assert (rest.saved, rest.known, rest.n_failed) == (20, 20, 0)
+    assert [row["url"] for row in read_manifest(tmp_path / "cars")] == [record.url for record in records]
+    with pytest.raises(CarprotoError, match="refuses connections"):
+        crawl_car_connection(tmp_path / "none", base_url=first.url, fetcher=hasty(retries=0), quiet=True)
+
+
+class FullFile:
+    """A file on a disk that fills up: half of the line that is too much is written."""
+
+    def __init__(self, file, n_lines: int):
+        self.file, self.n_left = file, n_lines
+
+    def write(self, line: str) -> None:
+        self.n_left -= 1
+        self.file.write(line if self.n_left >= 0 else line[: len(line) // 2])
+        self.file.flush()
+        if self.n_left < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(handle)
 
-    records = [Record(f"{site.url}/pictures/full-{i}.jpg") for i in range(20)]
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(CarprotoError, match="No space left"):
-        crawl(records, tmp_path / "cars", hasty(), quiet=True)
-    monkeypatch.setattr(os, "fsync", real)
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("what", ["picture", "line", "sync", "page"])
+def test_a_full_disk_stops_the_crawl_and_loses_nothing(site, tmp_path, monkeypatch, what):
+    def fill(real, n_left=5, wanted=""):
+        def write(target, *args):
+            nonlocal n_left
+            n_left -= wanted in str(target)
+            if n_left < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(target, *args)
+
+        return write
+
+    records, cars = [Record(f"{site.url}/pictures/full-{i}.jpg") for i in range(20)], tmp_path / "cars"
+    opened = Manifest.__init__
+
+    def open_full(self, folder):
+        opened(self, folder)
+        self._files["metadata"] = FullFile(self._files["metadata"], 5)
+
+    with monkeypatch.context() as patch, pytest.raises(CarprotoError, match="No space left"):
+        if what == "picture":
+            patch.setattr(Path, "write_bytes", fill(Path.write_bytes))
+        elif what == "line":
+            patch.setattr(Manifest, "__init__", open_full)
+        else:
+            patch.setattr(os, "fsync", fill(os.fsync, n_left=0))
+        if what == "page":
+            crawl_car_connection(cars, base_url=site.url, fetcher=hasty(cache_dir=cars / ".cache"), quiet=True)
+        crawl(records, cars, hasty(), quiet=True)
+    crawl(records, cars, hasty(), quiet=True)
+    assert sorted(row["url"] for row in read_manifest(cars)) == sorted(record.url for record in records)
+    assert len(list((cars / "images").iterdir())) == 20
+
+
+def test_pictures_that_a_power_cut_shortened_are_fetched_anew(site, tmp_path):
+    records = [Record(f"{site.url}/pictures/cut-{i}.jpg") for i in range(6)]
     crawl(records, tmp_path / "cars", hasty(), quiet=True)
-    rows = read_manifest(tmp_path / "cars")
-    assert [row["url"] for row in rows] == [record.url for record in records]
-    assert len(list((tmp_path / "cars" / "images").iterdir())) == 20
+    paths = [tmp_path / "cars" / row["file_name"] for row in read_manifest(tmp_path / "cars")]
+    whole = [path.read_bytes() for path in paths]
+    paths[0].write_bytes(b"")
+    paths[2].write_bytes(whole[2][:700])
+    paths[4].unlink()
+    site.log.clear()
+    summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+    assert (summary.saved, summary.known, sum(site.log.values())) == (3, 3, 4)
+    assert [path.read_bytes() for path in paths] == whole and len(read_manifest(tmp_path / "cars")) == 6
+
+
+def test_the_bar_tells_rate_errors_and_time_left(site, tmp_path, capsys):
+    records = [Record(f"{site.url}/pictures/bar-{i}.jpg") for i in range(8)] + [Record(f"{site.url}/faults/gone.jpg")]
+    crawl(records, tmp_path / "cars", hasty(delay=0.1))
+    bars = capsys.readouterr().err.split("\r")
+    assert "9/9" in bars[-1] and "errors=1" in bars[-1]
+    assert any(re.search(r"\d+/9 \[\d+:\d+<\d+:\d+, +[\d.]+(picture/s|s/picture)", bar) for bar in bars)
+
+
+def damage(value, dice: random.Random):
+    """Change one thing in an answer: a field goes, or becomes something else."""
+    if isinstance(value, str):
+        cut = sorted(dice.randrange(len(value) + 1) for _ in range(2))
+        return dice.choice([value[: cut[0]] + value[cut[1] :], value[: cut[1]], value[: cut[0]] + dice.choice('"<\\\0[{') + value[cut[0] :]])
+    if not isinstance(value, (dict, list)) or not value or dice.random() < 0.1:
+        return dice.choice([None, "", 7, [], {}, [None], "text", {"a": 1}])
+    value = value.copy()
+    place = dice.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    if dice.random() < 0.2:
+        del value[place]
+    else:
+        value[place] = damage(value[place], dice)
+    return value
+
+
+def test_readers_survive_damaged_pages(site):
+    dice = random.Random(0)
+    pages = [site.car_pages(path) for path in ("/specifications/audi_a4_2020", "/photos/audi_a4_2020", "/new-cars")] + [site.google()]
+    for _ in range(300):
+        page = damage(dice.choice(pages), dice)
+        read_specs(page), read_photos(page), read_links(page, site.url, "a.add-zip")
+        try:
+            assert all(record.url for record in read_google(page))
+        except FetchError:
+            pass
+    answers = {search_commons: json.loads(site.commons({"gsrsearch": ["car"]})), search_openverse: json.loads(site.openverse({"q": ["car"]}))}
+    n_read = 0
+    for _ in range(300):
+        search, answer = dice.choice(list(answers.items()))
+        fetcher = hasty()
+        text = json.dumps(damage(answer, dice))
+        fetcher.get_text = lambda url, text=text, **options: text
+        try:
+            _, found = next(search("car", fetcher, site.url))
+            n_read += len(found)
+            assert all(isinstance(getattr(result, "url", None), str) for result in found)
+        except FetchError:
+            pass
+    assert n_read > 1000
 
 
 def test_ten_thousand_links_are_read_at_once():
     page = json.dumps([f"http://img.example/sml/car_{i % 7000}_s.jpg" for i in range(10_000)]).replace("/", "\\/")
     start = time.monotonic()
-    assert len(read_photos(page, "large")) == 150
+    assert len(read_photos(page, "large")) == 7000
     assert time.monotonic() - start < 2
 
 
+def test_ten_thousand_links_become_each_picture_once(site, tmp_path):
+    names = [f"lot-{i}" for i in range(300)]
+    links = [f"{site.url}/img/{name}/{photo}_{letter}.jpg" for photo in names for name, letter in zip(("sml", "med", "lrg"), "sml")]
+    page = json.dumps((links * 12)[:10_000]).replace("/", "\\/")
+    site.log.clear()
+    found = read_photos(page, "small")
+    records = [Record(url) for url in found + [link for link in links * 33 if "/sml/" in link]]
+    summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+    assert len(found) == 300 and (summary.saved, summary.repeated, summary.n_failed) == (300, 9900, 0)
+    assert site.log == {"/robots.txt": 1, **{f"/img/sml/{name}_s.jpg": 1 for name in names}}
+
+
 def test_memory_stays_flat(site, tmp_path):
-    records = (Record(f"{site.url}/pictures/many-{i}.jpg") for i in range(300))
-    crawl((next(records) for _ in range(100)), tmp_path / "cars", hasty(), quiet=True)
+    def records(first: int, n: int):
+        yield from (Record(f"{site.url}/img/lrg/many-{i}_l.jpg") for i in range(first, first + n))
+
+    crawl(records(0, 60), tmp_path / "cars", hasty(), quiet=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert crawl(records, tmp_path / "cars", hasty(), quiet=True).saved == 200
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # kilobytes
+    summary = crawl(records(60, 160), tmp_path / "cars", hasty(), quiet=True)
+    assert summary.saved == 160
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes; decoded they are 800 each
 
 
 # Kill -9. A single-threaded parent imports once and forks a crawler for each job that it reads.
@@ -280,8 +451,8 @@ def test_kill_nine_changes_nothing(tmp_path):
             [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
         )
 
-        def run(target: Path, kill_after: int | None) -> int:
-            "Exit status of one crawl, killed at a random moment after `kill_after` requests"
+        def run(target: Path, kill_after: int | None, disturb=None) -> int:
+            "Exit status of one crawl, killed at a random moment after `kill_after` requests; it stands still while `disturb` is called"
             n_before = sum(site.log.values())
             parent.stdin.write(json.dumps([str(target), site.url]) + "\n")
             parent.stdin.flush()
@@ -290,13 +461,22 @@ def test_kill_nine_changes_nothing(tmp_path):
                 patience = time.monotonic() + 20
                 while sum(site.log.values()) < n_before + kill_after and time.monotonic() < patience:
                     time.sleep(0.001)
+                if disturb:
+                    os.kill(child, signal.SIGSTOP)
+                    disturb()
                 time.sleep(dice.uniform(0, 0.02))
                 os.kill(child, signal.SIGKILL)
             parent.stdin.write("\n")
             parent.stdin.flush()
             return int(parent.stdout.readline())
 
+        def crawl_too() -> None:
+            with pytest.raises(CarprotoError, match="another crawl is writing"):
+                crawl([Record(f"{site.url}/pictures/1.jpg")], folder, hasty(), quiet=True)
+
         settled, dice = {}, random.Random(time.time_ns())
+        assert run(folder, 1, crawl_too) == -signal.SIGKILL
+        assert "/pictures/1.jpg" not in site.log
         for _ in range(10):
             assert run(folder, dice.randint(0, 6)) == -signal.SIGKILL
             images = {path.stem for path in folder.glob("images/*") if not path.name.startswith(".")}
@@ -338,3 +518,88 @@ def test_pages_survive_a_dead_photo_server(site, tmp_path):
     )
     assert summary.saved == 0 and sum(summary.failed.values()) == 12
     assert read_manifest(tmp_path / "cars") == []
+
+
+# The commands, from the web to a curated folder.
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+BIN = Path(sys.executable).parent
+
+
+def scrape(*arguments: str) -> int:
+    """Run `carproto_scrape` within this process."""
+    return pytest.importorskip("carproto.cli").run_command("carproto_scrape", list(map(str, arguments)))
+
+
+def test_scrape_and_curate_as_console_commands(site, tmp_path):
+    def run(*line: str) -> str:
+        done = subprocess.run([BIN / line[0], *line[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-800:]
+        return done.stdout
+
+    site.agents.clear()
+    places = ["--base_url", site.url, "--image_url", f"{site.url}/img/", "--delay", "0"]
+    line = ["carproto_scrape", "car-connection", "--folder", "cars", "--makes", "Audi,BMW", "--contact", "me@example.org", *places]
+    printed = run(*line, "--url_list", "cars.csv")
+    assert "32 new pictures" in printed and "img2dataset --url_list cars.csv" in printed and "carproto_curate cars" in printed
+    assert "Audi | 24" in (tmp_path / "cars" / "DATA_CARD.md").read_text() and all("me@example.org" in agent for agent in site.agents)
+    assert len((tmp_path / "cars.csv").read_text().splitlines()) == 1 + 32
+    urls = {row["url"] for row in read_manifest(tmp_path / "cars")}
+    assert run("carproto_curate", "cars")
+    rows = read_manifest(tmp_path / "cars")
+    assert len(rows) == 32 and {row["url"] for row in rows} == urls and all(isinstance(row["keep"], bool) and row["sha256"] for row in rows)
+    assert "| kept |" in write_data_card(tmp_path / "cars").read_text()
+
+
+def test_scrape_searches_and_lists(site, tmp_path, capsys):
+    search = ["search", "--base_url", site.url, "--delay", 0, "--query", "concept car, car of tomorrow"]
+    assert scrape(*search, "--folder", tmp_path / "found", "--limit", 30) == 0
+    rows = read_manifest(tmp_path / "found")
+    assert len(rows) == 30 and {row["query"] for row in rows} == {"concept car", "car of tomorrow"}
+    assert {row["source"] for row in rows} == {"Wikimedia Commons", "Openverse (flickr)"} and all(row["licence"] and row["author"] for row in rows)
+    asked = site.log.copy()
+    addresses = tmp_path / "list.jsonl"
+    assert scrape(*search, "--folder", tmp_path / "listed", "--limit", 8, "--list_only", "--url_list", addresses) == 0
+    assert len(read_lines(addresses)[0]) == 8 and not any("/pictures/" in path for path in site.log - asked)
+    capsys.readouterr()
+    for line, expected in {
+        ("elsewhere",): "choose car-connection or search",
+        ("search", "--list_only"): "--url_list",
+        ("search", "--engine", "bing"): "choose from commons, openverse, google",
+        ("search", "--contact", "a\nb"): "no address",
+        (*search, "--engine", "google"): "robots.txt keeps crawlers out; save the result page",
+        ("car-connection", "--delay", "0", "--base_url", "http://192.0.2.1.invalid/"): "the host has no address",
+    }.items():
+        assert scrape(*line, "--folder", tmp_path / "none") == 2
+        assert expected in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_google_through_a_real_browser(site, tmp_path, capsys):
+    pytest.importorskip("playwright.sync_api")
+    line = ["search", "--engine", "google", "--browser", CHROMIUM, "--delay", 0, "--folder", tmp_path / "found"]
+    assert scrape(*line, "--base_url", site.url) == 0
+    titles = [row["title"] for row in read_manifest(tmp_path / "found")]
+    assert len(titles) == 15 and titles.count("Later car") == 2, "scrolling makes two more appear"
+    assert scrape(*line, "--base_url", f"{site.url}/captcha") == 2
+    assert "answered 429, it asks for a captcha; save the result page" in capsys.readouterr().err
+
+
+def test_google_says_no_in_many_ways(site):
+    pages = {name: hasty(retries=0, delay=0)._session.get(f"{site.url}/{name}/search").text for name in ("captcha", "consent", "recipe")}
+    for name, meaning in {"captcha": "asks for a captcha", "consent": "consent to cookies", "recipe": "its form has changed"}.items():
+        with pytest.raises(FetchError, match=meaning):
+            read_google(pages[name])
+    with pytest.raises(CarprotoError, match="answered 429; save the result page"):
+        fetcher = hasty(retries=0)
+        fetcher._check_robots = lambda url: None
+        list(search_images("car", source="google", fetcher=fetcher, base_url=f"{site.url}/captcha"))
+
+
+def test_a_missing_browser_is_named(site, monkeypatch):
+    with pytest.raises(CarprotoError, match="there is no browser at /nowhere"):
+        render_page(f"{site.url}/search", browser="/nowhere")
+    monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
+    with pytest.raises(CarprotoError, match=r"pip install 'carproto\[browser\]' && playwright install chromium"):
+        render_page(f"{site.url}/search")
