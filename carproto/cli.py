@@ -21,7 +21,7 @@ from fastcore.script import anno_parser
 from .blend import blend_frames
 from .core import CarprotoError, draw_latents, fit_square, open_picture, save_json, to_bytes, to_picture, to_tensor
 from .crawl import crawl, export_url_list, write_data_card
-from .curate import curate
+from .curate import contact_sheet, count_reasons, curate
 from .dataset import open_cars
 from .demo import DemoPlan, run_demo
 from .encoder import LatentEncoder, load_encoder
@@ -36,6 +36,7 @@ from .sngan import Generator
 from .sources import CarConnection
 from .train import Result, best_generator, load_discriminator, train_gan
 from .trainer import TrainConfig
+from .views import load_view_classifier
 from .viz import image_grid, image_strip, save_picture
 
 # %% ../nbs/60_cli.ipynb #fb7b5156
@@ -354,7 +355,24 @@ def carproto_scrape(
 
 
 def carproto_curate(
-    folder: str,  # a folder with images and metadata.jsonl, as carproto_scrape leaves it
+    folder: str,  # a folder with images, as carproto_scrape leaves it
+    against: str = "",  # other sets, folders or zips with commas, that must share no picture with this one
+    exterior_rule: bool = False,  # reject pictures that are dark or flat in the middle, as interiors are
+    views: str = "left,front-left,front-right",  # views that stay; needs --view-classifier
+    view_classifier: str = "",  # a folder written by save_view_classifier; empty judges no view
+    backbone: str = "",  # its MobileNetV2 weights; empty downloads torchvision's
+    min_confidence: float = 0.5,  # least chance that the view is one of those that stay, 0 to 1
+    sheet: str = "",  # where to save a picture of what was rejected and why; empty saves none
 ):
-    "Write a verdict for each picture into metadata.jsonl: broken, interior, duplicate, blurred; nothing is deleted."
-    print(curate(folder))
+    "Write a verdict for each picture into metadata.jsonl: broken, duplicate, blurred, small, of another view; nothing is deleted."
+    classify = load_view_classifier(view_classifier, backbone or None) if view_classifier else None
+    others = [path.strip() for path in against.split(",") if path.strip()]
+    verdicts = curate(folder, classify_view=classify, views=[view.strip() for view in views.split(",")], min_confidence=min_confidence,
+                      quality={"exterior_rule": True} if exterior_rule else None, against=others)  # fmt: skip
+    print(f"{sum(row['keep'] for row in verdicts)} of {len(verdicts)} pictures stay")
+    for reason, count in count_reasons(verdicts).most_common():
+        print(f"{count:6} {reason}")
+    if sheet:
+        save_picture(contact_sheet(folder, verdicts), sheet)
+    print(f"the verdicts are in {folder}/metadata.jsonl, their summary in {write_data_card(folder)}; undo_curation takes them back")
+

@@ -19,9 +19,9 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from .core import FITS, CarprotoError, atomic_path, check_size, fit_square, open_picture, to_tensor
+from .core import FITS, CarprotoError, atomic_path, cache_folder, check_size, fit_square, open_picture, to_tensor
 from .core import progress as progress_bar
-from .curate import hash_pictures, near_duplicates, shrink_pictures
+from .duplicates import hash_pictures, near_duplicates, shrink_pictures
 from .toycars import COMMON, FUTURISTIC, ToyCars
 
 # %% ../nbs/14_dataset.ipynb #46aea1ad
@@ -141,7 +141,7 @@ def read_cached(
 ) -> dict:  # as from `read_pictures`
     "Read the pictures from the cache, or decode them and fill it."
     place = hashlib.sha256(f"{store.path.resolve()}|{size}|{fit}".encode()).hexdigest()[:16]
-    file = Path(os.environ.get("CARPROTO_CACHE") or "~/.cache/carproto").expanduser() / f"{store.path.stem}-{size}-{fit}-{place}.npz"
+    file = cache_folder() / f"{store.path.stem}-{size}-{fit}-{place}.npz"
     key = hashlib.sha256(json.dumps([CACHE_VERSION, [[n, *store.stamp(n)] for n in store.names]]).encode()).hexdigest()
     try:
         with np.load(file, allow_pickle=False) as saved:

@@ -100,7 +100,7 @@ def lock_folder(
 
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CarprotoError(f"another crawl is writing into {folder}: wait for it, or choose another folder") from None
+            raise CarprotoError(f"another crawl or curation is writing into {folder}: wait for it, or choose another folder") from None
         yield
 
 # %% ../nbs/08_manifest.ipynb #05c8280f

@@ -471,7 +471,7 @@ def test_kill_nine_changes_nothing(tmp_path):
             return int(parent.stdout.readline())
 
         def crawl_too() -> None:
-            with pytest.raises(CarprotoError, match="another crawl is writing"):
+            with pytest.raises(CarprotoError, match="another crawl or curation is writing"):
                 crawl([Record(f"{site.url}/pictures/1.jpg")], folder, hasty(), quiet=True)
 
         settled, dice = {}, random.Random(time.time_ns())
