@@ -40,13 +40,13 @@ class DemoPlan:
     n_common: int = 4096  # common cars to learn from
     n_futuristic: int = 1024  # futuristic cars to learn from
     n_heldout: int = 512  # cars of either kind that are never trained on
-    gan_steps: int = 1000  # on common cars
-    finetune_steps: int = 240  # on futuristic cars
-    encoder_steps: int = 140  # on drawn cars
+    gan_steps: int = 1100  # on common cars
+    finetune_steps: int = 480  # on futuristic cars
+    encoder_steps: int = 180  # on drawn cars
     invert_steps: int = 60  # for each held-out car
     n_pairs: int = 64  # pairs of held-out cars that are blended
     gan_minutes: float = 4.5  # at most, in one session
-    finetune_minutes: float = 1.2  # at most, in one session
+    finetune_minutes: float = 2.0  # at most, in one session
     encoder_minutes: float = 1.7  # at most, in one session
     seed: int = 0  # of everything
 

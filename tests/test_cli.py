@@ -33,6 +33,9 @@ def cars(tmp_path_factory) -> Path:
     Image.new("RGB", (1, 1)).save(folder / "images" / "dot.png")
     Image.new("CMYK", (40, 40), (0, 200, 200, 0)).save(folder / "images" / "cmyk.jpg")
     Image.new("RGBA", (40, 40), (255, 0, 0, 0)).save(folder / "images" / "clear.png")
+    Image.new("I;16", (40, 40), 40_000).save(folder / "images" / "deep.png")
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    frames[0].save(folder / "images" / "moving.webp", save_all=True, append_images=frames[1:])
     return folder
 
 
@@ -46,7 +49,7 @@ def test_every_command_has_help(tmp_path):
 def test_bad_pictures_are_skipped_and_counted(cars, tmp_path):
     done = run(tmp_path, "carproto_train", "--data", cars, "--run", "run", "--steps", "2", *TINY)
     assert done.returncode == 0, done.stderr[-800:]
-    assert "3 of 65 pictures" in done.stdout + done.stderr
+    assert "3 of 67 pictures" in done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "data.json").read_text())["n_skipped"] == 3
 
 
