@@ -4,13 +4,18 @@
 
 # %% auto #0
 __all__ = ['FREE', 'BUILT_IN', 'check_images', 'check_same', 'check_health', 'explain_memory', 'Clock', 'Result', 'train_gan',
-           'open_run', 'resume', 'note_session', 'save', 'report', 'best_generator', 'load_discriminator']
+           'open_run', 'resume', 'note_session', 'save', 'finish_the_step', 'report', 'best_generator',
+           'load_discriminator']
 
 # %% ../nbs/34_train.ipynb #d3db6e7f
 import hashlib
 import math
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -249,6 +254,27 @@ def save(
     clock.saved(time.monotonic() - start)
 
 # %% ../nbs/34_train.ipynb #f5303731
+@contextmanager
+def finish_the_step() -> Iterator[threading.Event]:  # set when a person wants to stop
+    "Let the first Ctrl-C wait for the end of a step, and the second one raise `KeyboardInterrupt`."
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
+        yield stop
+        return
+
+    def note(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        print("\nfinishing this step; Ctrl-C again stops at once", file=sys.stderr)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/34_train.ipynb #25815655
 def _run(
     trainer: Trainer,
     run: RunFolder,
@@ -259,33 +285,29 @@ def _run(
     quiet: bool,
 ) -> tuple[bool, bool]:
     "Step until the end, the time limit or an interrupt, then save; return whether the end was reached, and whether a person stopped it."
-    config, processes, interrupted = trainer.config, trainer.processes, False
-    try:
-        with progress(config.steps, title or run.path.name, initial=trainer.step, quiet=quiet or not processes.is_main) as bar:
-            recent = []
-            while trainer.step < config.steps and not processes.any(clock.is_over):
-                losses = [trainer.step_discriminator() for _ in range(config.d_steps)][-1]
-                recent.append({**losses, **trainer.step_generator()})
-                bar.update()
-                is_report = trainer.step % config.report_every == 0 or trainer.step == config.steps
-                if is_report or trainer.step % 50 == 0:
-                    row, recent = {"step": trainer.step, "seconds": round(clock.seconds, 2), **_means(recent, trainer, clock)}, []
-                    if is_report:
-                        row |= report(trainer, run, evaluate, heldout) if processes.is_main else {}
-                        processes.wait()
-                    check_health(row, run)
-                    if processes.is_main:
-                        run.log(**row)
-                    shown = {"D": row["loss_d"], "real": row["logit_real"], "fake": row["logit_fake"], "KID": row.get("kid")}
-                    bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None})
-                if processes.any(processes.is_main and clock.wants_save(is_report)):
-                    save(trainer, run, clock)
-    except KeyboardInterrupt:
-        if processes.n > 1:
-            raise
-        interrupted = True
+    config, processes = trainer.config, trainer.processes
+    bar = progress(config.steps, title or run.path.name, initial=trainer.step, quiet=quiet or not processes.is_main)
+    with bar, finish_the_step() as stop:
+        recent = []
+        while trainer.step < config.steps and not processes.any(clock.is_over or stop.is_set()):
+            losses = [trainer.step_discriminator() for _ in range(config.d_steps)][-1]
+            recent.append({**losses, **trainer.step_generator()})
+            bar.update()
+            is_report = trainer.step % config.report_every == 0 or trainer.step == config.steps
+            if is_report or trainer.step % 50 == 0:
+                row, recent = {"step": trainer.step, "seconds": round(clock.seconds, 2), **_means(recent, trainer, clock)}, []
+                if is_report:
+                    row |= report(trainer, run, evaluate, heldout) if processes.is_main else {}
+                    processes.wait()
+                check_health(row, run)
+                if processes.is_main:
+                    run.log(**row)
+                shown = {"D": row["loss_d"], "real": row["logit_real"], "fake": row["logit_fake"], "KID": row.get("kid")}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in shown.items() if v is not None})
+            if processes.any(processes.is_main and clock.wants_save(is_report)):
+                save(trainer, run, clock)
     save(trainer, run, clock)
-    return trainer.step >= config.steps, interrupted
+    return trainer.step >= config.steps, stop.is_set()
 
 
 def _means(recent: list[dict], trainer: Trainer, clock: Clock) -> dict[str, float]:
@@ -323,7 +345,7 @@ def _variety(images: torch.Tensor) -> float:
     "Mean standard deviation of a pixel over the pictures."
     return images.std(0).mean().item() + 1e-6
 
-# %% ../nbs/34_train.ipynb #79fdcf89
+# %% ../nbs/34_train.ipynb #25d47a95
 def best_generator(
     run_dir: str | Path,  # a run's folder
     device: str | None = None,  # None takes the best at hand
@@ -334,7 +356,7 @@ def best_generator(
             return load_generator(Path(run_dir) / name, device)
     raise CarprotoError(f"{run_dir} holds no generator yet: let the run reach its first report")
 
-# %% ../nbs/34_train.ipynb #055fc170
+# %% ../nbs/34_train.ipynb #2d31c217
 def load_discriminator(
     run_dir: str | Path,  # a run's folder
     device: str | None = None,  # None takes the best at hand
