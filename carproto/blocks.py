@@ -41,13 +41,17 @@ def pool_kernel(
     return (padded[..., 1:, 1:] + padded[..., :-1, 1:] + padded[..., 1:, :-1] + padded[..., :-1, :-1]) / 4
 
 
-class ConvPool(nn.Conv2d):
-    "A 3x3 convolution followed by 2x2 average pooling: (N, in, H, W) -> (N, out, H/2, W/2)."
+class _TwoForms(nn.Conv2d):
+    "A 3x3 convolution beside a change of size."
 
     is_fused = False  # whether it computes in one piece; `choose_forms` decides
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, 3, padding=1)
+
+
+class ConvPool(_TwoForms):
+    "A 3x3 convolution followed by 2x2 average pooling: (N, in, H, W) -> (N, out, H/2, W/2)."
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_fused:
@@ -55,13 +59,8 @@ class ConvPool(nn.Conv2d):
         return F.conv2d(x, pool_kernel(self.weight), self.bias, stride=2, padding=1)
 
 
-class UpConv(nn.Conv2d):
+class UpConv(_TwoForms):
     "Nearest-neighbour doubling followed by a 3x3 convolution: (N, in, H, W) -> (N, out, 2H, 2W)."
-
-    is_fused = False  # whether it computes in one piece; `choose_forms` decides
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.is_fused:
@@ -134,7 +133,7 @@ def _input_shapes(net: nn.Module, x: torch.Tensor) -> dict[nn.Module, tuple]:
     "Find the input shape of each layer that has two forms; batches above 16 are measured at 16."
     shapes, hooks = {}, []
     for layer in net.modules():
-        if isinstance(layer, (ConvPool, UpConv)):
+        if isinstance(layer, _TwoForms):
             hooks.append(layer.register_forward_pre_hook(lambda layer, args: shapes.update({layer: (min(16, len(x)), *args[0].shape[1:])})))
     was_training = net.training
     with torch.no_grad():
