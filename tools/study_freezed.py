@@ -1,42 +1,98 @@
-"""Measure FreezeD at every depth, with and without DiffAugment and LeCam, over three seeds; can be stopped and goes on.
+"""Measure FreezeD at every depth, with and without DiffAugment and LeCam, over several seeds; can be stopped and goes on.
 
-    python tools/study_freezed.py toys
-    python tools/study_freezed.py photos --common COMMON.zip --concepts CONCEPTS.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
+    python tools/study_freezed.py toys --parent runs/toys
+    python tools/study_freezed.py photos --parent runs/photos --concepts CONCEPTS.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
 
-The parent is trained once, then each cell is one fine-tuning run from it. One line per cell goes to data/records/freezed_NAME.jsonl.
+The parent is a run of `carproto_train`. A cell goes on from its newest checkpoint and takes the same steps as `finetune_freezed`, but keeps
+neither reports nor checkpoints: what is measured is its averaged generator after the last step. The seed changes last, so that a study which
+is stopped is whole for the seeds that it has. data/records/freezed_NAME.jsonl gets a line per cell, freezed_NAME.json what all cells share.
 """
 import argparse
+import copy
 import itertools
 import json
-import shutil
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from carproto.core import describe_environment, save_json
+from carproto.checkpoint import load_checkpoint
+from carproto.core import CarprotoError, RunFolder, atomic_path, describe_environment, load_json, pick_device, save_json
 from carproto.dataset import CarImages, open_cars
-from carproto.freezed import finetune_freezed
-from carproto.metrics import Evaluator
+from carproto.freezed import child_config
+from carproto.metrics import Evaluator, generate_images
 from carproto.readers import feature_extractor
-from carproto.train import train_gan
-from carproto.trainer import TrainConfig
+from carproto.sngan import Generator, measure_statistics
+from carproto.toyreader import ToyReader, toy_reader
+from carproto.trainer import TrainConfig, Trainer
 
-PARENT = TrainConfig(size=64, width=8, z_dim=64, steps=1500, batch=32, augment="", lecam_weight=0.0, ema_images=5000, report_every=1500)
-CHILD = {"batch": 16, "d_steps": 2, "lr_g": 2e-4, "lr_d": 2e-4, "ema_images": 1000, "report_every": 1000}
-DEPTHS, SEEDS = (0, 1, 2, 3, 4, 5), (0, 1, 2)
+CHILD = {"d_steps": 1, "lr_g": 2e-4, "lr_d": 2e-4, "ema_images": 1000}
+POLICY, LECAM_WEIGHT = "color,translation,cutout", 0.3
+N_STATISTICS = 8  # batches for BatchNorm's statistics: a run takes 32, which shifts the KID by less than the draw of the codes and costs more
+MEASURED = ("kid", "kid_sd", "kid_train", "frechet", "precision", "recall", "coverage", "copy_rate")
 
 
-def open_sets(arguments: argparse.Namespace) -> tuple:
-    """Return the parent's pictures, the child's, the child's held-out ones, and the extractor."""
-    if arguments.name == "toys":
-        common, concepts = open_cars("toycars", PARENT.size, split="train"), open_cars("toycars-futuristic", PARENT.size, split="train", n_toys=640)
-        heldout = open_cars("toycars-futuristic", PARENT.size, split="heldout")
-        return common.images, concepts.images, heldout.images, feature_extractor("toys")
-    common = CarImages(arguments.common, PARENT.size)
-    concepts, heldout = (without_renders(CarImages(path, PARENT.size)) for path in (arguments.concepts, arguments.heldout))
-    return common.images, concepts, heldout, feature_extractor(arguments.backbone, size=96)
+def describe_command() -> str:
+    """Return the command that was given, with the names of files in place of their paths."""
+    return " ".join(["python", f"tools/{Path(sys.argv[0]).name}", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
+
+
+class Study:
+    """The record of a study: NAME.json holds what all cells share, NAME.jsonl a line for each cell that is done."""
+
+    def __init__(self, path: Path, choices: dict):
+        self.path, self.about_path, self.choices = path, path.with_suffix(".json"), choices
+        self.rows = RunFolder(path.parent).stats(path.name)
+        self.commit = describe_environment()["commit"]
+        if self.is_begun:
+            known = load_json(self.about_path)
+            other = [name for name, value in json.loads(json.dumps(choices)).items() if known.get(name) != value]
+            if other:
+                raise CarprotoError(f"{self.about_path} was made with another {', '.join(other)}: take another --out, or remove that record")
+        kept = "".join(json.dumps(row) + "\n" for row in self.rows)
+        if path.exists() and path.read_text(encoding="utf-8") != kept:  # a killed session left half a line
+            with atomic_path(path) as temporary:
+                temporary.write_text(kept, encoding="utf-8")
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the shared part is written."""
+        return self.about_path.exists()
+
+    def begin(self, **notes) -> None:
+        """Write the shared part."""
+        save_json({"command": describe_command(), **self.choices, **notes, "machine": describe_environment()}, self.about_path)
+
+    def lacks(self, cell: dict) -> bool:
+        """Whether a cell is still to be done."""
+        return not any(cell.items() <= row.items() for row in self.rows)
+
+    def add(self, row: dict) -> None:
+        """Append a line."""
+        self.rows.append({**row, "commit": self.commit})
+        with open(self.path, "a", encoding="utf-8") as lines:
+            lines.write(json.dumps(self.rows[-1]) + "\n")
+
+
+class Judge:
+    """Measures generators against held-out cars; toys are read for their futurism as well."""
+
+    def __init__(self, heldout: torch.Tensor, train: torch.Tensor, extractor: object, n_fake: int, reader: ToyReader | None):
+        self.evaluator, self.reader = Evaluator(heldout, extractor, train=train, n_fake=n_fake), reader
+
+    def measure(self, trainer: Trainer) -> dict:
+        """Draw cars with the averaged generator and measure them."""
+        G = measure_statistics(copy.deepcopy(trainer.ema), n_batches=N_STATISTICS)
+        return self.measure_cars(generate_images(G, self.evaluator.n_fake, seed=self.evaluator.seed))
+
+    def measure_cars(self, cars: torch.Tensor) -> dict:
+        """Measure cars, drawn or real."""
+        numbers = self.evaluator.evaluate_images(cars)
+        found = {name: numbers[name] for name in MEASURED}
+        return found | ({"futurism": self.reader.read(cars)["futurism"].mean().item()} if self.reader else {})
 
 
 def without_renders(cars: CarImages) -> torch.Tensor:
@@ -44,41 +100,114 @@ def without_renders(cars: CarImages) -> torch.Tensor:
     return cars.images[[i for i, row in enumerate(cars.metadata) if row.get("kind") != "render"]]
 
 
-def main() -> None:
-    """Train the parent where it is missing, then fill in the cells that are missing."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def open_sets(arguments: argparse.Namespace, size: int) -> tuple[torch.Tensor, torch.Tensor, object, ToyReader | None]:
+    """Return the concept cars to learn from, the held-out ones, the extractor, and who reads the futurism of toys."""
+    if arguments.name == "toys":
+        numbers = {"train": arguments.n_train, "heldout": arguments.n_heldout}
+        concepts, heldout = (open_cars("toycars-futuristic", size, split=split, n_toys=n).images for split, n in numbers.items())
+        return concepts, heldout, feature_extractor("toys"), toy_reader(quiet=True)
+    concepts, heldout = (without_renders(CarImages(path, size)) for path in (arguments.concepts, arguments.heldout))
+    return concepts, heldout, feature_extractor(arguments.backbone, size=96), None
+
+
+def start_cell(parent: dict, config: TrainConfig, concepts: torch.Tensor) -> Trainer:
+    """Make a trainer that goes on from the parent."""
+    trainer = Trainer(concepts, config, pick_device())
+    trainer.start_from(copy.deepcopy(parent))  # Adam goes on in the tensors that it is given
+    return trainer
+
+
+def take_steps(trainer: Trainer, bar: tqdm) -> float:
+    """Do all steps of a cell; return their seconds."""
+    start = time.perf_counter()
+    while trainer.step < trainer.config.steps:
+        for _ in range(trainer.config.d_steps):
+            trainer.step_discriminator()
+        trainer.step_generator()
+        bar.update()
+    return time.perf_counter() - start
+
+
+def do_cell(trainer: Trainer, judge: Judge, bar: tqdm) -> dict:
+    """Train and measure; a cell that ends in NaN tells its reason."""
+    seconds, start = take_steps(trainer, bar), time.perf_counter()
+    try:
+        numbers = judge.measure(trainer)
+    except CarprotoError as error:
+        numbers = {"failed": str(error)}
+    return {**numbers, "seconds": round(seconds, 2), "seconds_to_measure": round(time.perf_counter() - start, 2)}
+
+
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("toys", "photos"))
-    for option in ("common", "concepts", "heldout", "backbone"):
-        parser.add_argument(f"--{option}", default="", help="for photos: a zip, or a MobileNetV2 file")
-    parser.add_argument("--steps", type=int, default=150, help="generator steps of a cell")
-    parser.add_argument("--runs", type=Path, default=Path("runs/freezed_study"), help="where parents and cells are trained")
+    parser.add_argument("--parent", type=Path, required=True, help="folder of the run to start from")
+    for option, what in {"concepts": "zip of concept cars", "heldout": "zip of held-out ones", "backbone": "MobileNetV2 file"}.items():
+        parser.add_argument(f"--{option}", help=f"for photos: {what}")
+    parser.add_argument("--n_train", type=int, default=640, help="for toys: cars to learn from")
+    parser.add_argument("--n_heldout", type=int, default=512, help="for toys: held-out cars")
+    parser.add_argument("--n_fake", type=int, default=512, help="cars that are drawn to be measured")
+    parser.add_argument("--steps", type=int, default=100, help="generator steps of a cell")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("data/records"))
-    arguments = parser.parse_args()
-    common, concepts, heldout, extractor = open_sets(arguments)
-    record, parent_dir = arguments.out / f"freezed_{arguments.name}.jsonl", arguments.runs / arguments.name / "parent"
+    arguments = parser.parse_args(argv)
+    if arguments.name == "photos" and not (arguments.concepts and arguments.heldout and arguments.backbone):
+        parser.error("photos need --concepts, --heldout and --backbone")
+    return arguments
+
+
+def run_study(arguments: argparse.Namespace) -> Study:
+    """Fill in the cells that are missing."""
+    parent = load_checkpoint(arguments.parent / "checkpoints")
+    if parent is None:
+        raise CarprotoError(f"{arguments.parent} holds no trained run: give a folder with checkpoints in it")
+    ancestor = TrainConfig(**RunFolder(arguments.parent).config())
+    concepts, heldout, extractor, reader = open_sets(arguments, ancestor.size)
+    G = Generator(ancestor.size, ancestor.z_dim, ancestor.width)
+    G.load_state_dict(parent["ema"])
+    child = {**CHILD, "steps": arguments.steps, "batch": arguments.batch}
+    choices = {
+        "parent": {"step": parent["step"], "fingerprint": G.fingerprint(), "config": asdict(ancestor)}, "child": child,
+        "policy": POLICY, "lecam_weight": LECAM_WEIGHT, "extractor": extractor.name, "n_train": len(concepts), "n_heldout": len(heldout),
+        "n_fake": arguments.n_fake, "n_statistics": N_STATISTICS,
+    }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
-    parent = train_gan(common, parent_dir, PARENT)
-    judge = Evaluator(heldout, extractor, train=concepts, n_fake=512)
-    done = {tuple(row["cell"]) for row in map(json.loads, record.read_text().splitlines())} if record.exists() else set()
-    about = {"command": f"python tools/study_freezed.py {arguments.name}", "steps": arguments.steps, "child": CHILD, "parent": asdict(PARENT),
-             "n_train": len(concepts), "n_heldout": len(heldout), "before": judge.evaluate(parent.generator), "machine": describe_environment()}
-    save_json(about, record.with_suffix(".json"))
-    grid = itertools.product(SEEDS, DEPTHS, (True, False), (True, False))
-    cells = [cell for cell in grid if cell not in done]
-    with tqdm(cells, desc=f"FreezeD on {arguments.name}", unit="cell") as bar:
-        for seed, depth, augment, lecam in bar:
-            folder = arguments.runs / arguments.name / "cell"
-            shutil.rmtree(folder, ignore_errors=True)
-            child = finetune_freezed(
-                parent_dir, concepts, folder, n_frozen=depth, steps=arguments.steps, seed=seed, lecam_weight=0.3 if lecam else 0.0,
-                augment="color,translation,cutout" if augment else "", quiet=True, **CHILD,
-            )  # fmt: skip
-            numbers = judge.evaluate(child.generator)
-            row = {k: numbers[k] for k in ("kid", "kid_sd", "frechet", "coverage", "precision", "copy_rate")}
-            row = {"cell": [seed, depth, augment, lecam], **row, "seconds": child.run.stats()[-1]["seconds"]}
-            with record.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
-            bar.set_postfix(depth=depth, kid=f"{row['kid']:.3f}")
+    study = Study(arguments.out / f"freezed_{arguments.name}.jsonl", choices)
+    judge = Judge(heldout, concepts, extractor, arguments.n_fake, reader)
+
+    def start(seed: int, depth: int, augment: bool, lecam: bool) -> Trainer:
+        changes = {**child, "seed": seed, "augment": POLICY if augment else "", "lecam_weight": LECAM_WEIGHT if lecam else 0.0}
+        return start_cell(parent, child_config(ancestor, depth, changes), concepts)
+
+    if not study.is_begun:
+        first = start(arguments.seeds[0], 0, True, True)
+        fused = sorted(name for name, is_fused in first.forms.items() if is_fused)
+        real = judge.measure_cars(concepts[: arguments.n_fake])
+        real = {name: value for name, value in real.items() if name not in ("kid_train", "copy_rate")}  # these are the training cars
+        study.begin(precision=first.precision, fused=fused, before=judge.measure(first), real=real)
+    depths = range(ancestor.size.bit_length() - 1)
+    grid = itertools.product(arguments.seeds, depths, (True, False), (True, False))
+    cells = [dict(zip(("seed", "depth", "augment", "lecam"), place)) for place in grid]
+    cells = [cell for cell in cells if study.lacks(cell)]
+    with tqdm(total=len(cells) * arguments.steps, desc=f"FreezeD on {arguments.name}", unit="step", dynamic_ncols=True) as bar:
+        for i, cell in enumerate(cells):
+            bar.set_postfix(cell=f"{i + 1}/{len(cells)}", seed=cell["seed"], depth=cell["depth"])
+            study.add({**cell, **do_cell(start(**cell), judge, bar)})
+    return study
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the study; tell a mistake in one line."""
+    arguments = read_arguments(argv)
+    try:
+        study = run_study(arguments)
+    except CarprotoError as error:
+        sys.exit(f"study_freezed: {error}")
+    except KeyboardInterrupt:
+        sys.exit("study_freezed: stopped; the cells that were done are in the record, and the same command goes on")
+    print(f"{len(study.rows)} cells in {study.path}")
 
 
 if __name__ == "__main__":

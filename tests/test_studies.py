@@ -1,0 +1,104 @@
+"""The studies measure what they say, and go on where they were stopped."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from carproto.blocks import ConvPool, UpConv
+from carproto.checkpoint import load_checkpoint
+from carproto.core import CarprotoError, RunFolder
+from carproto.freezed import child_config, finetune_freezed
+from carproto.toycars import FUTURISTIC, ToyCars
+from carproto.train import train_gan
+from carproto.trainer import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import study_freezed  # noqa: E402
+import study_parity  # noqa: E402
+
+TINY = ["--n_heldout", "16", "--n_train", "16"]
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory) -> Path:
+    """Train a parent for seconds."""
+    folder = tmp_path_factory.mktemp("runs") / "parent"
+    config = TrainConfig(size=16, width=4, z_dim=8, batch=4, steps=4, report_every=4)
+    train_gan(ToyCars(16, 16, progress=False).images, folder, config, quiet=True, device="cpu")
+    return folder
+
+
+def test_cell_takes_the_steps_of_finetune_freezed(parent, tmp_path):
+    cars, state = ToyCars(16, 16, futurism=FUTURISTIC, progress=False).images, load_checkpoint(parent / "checkpoints")
+    changes = {**study_freezed.CHILD, "batch": 4, "steps": 3, "seed": 1}
+    finetune_freezed(parent, cars, tmp_path / "child", n_frozen=2, quiet=True, device="cpu", **changes)
+    wanted = load_checkpoint(tmp_path / "child/checkpoints")
+    for _ in range(2):  # the second cell must find the parent as the first one did
+        config = child_config(TrainConfig(**RunFolder(parent).config()), 2, changes)
+        trainer = study_freezed.start_cell(state, config, cars)
+        trainer.take_forms(wanted["forms"])
+        study_freezed.take_steps(trainer, tqdm(disable=True))
+        for part in ("ema", "D"):
+            found = getattr(trainer, part).state_dict()
+            assert all(torch.equal(found[name], value) for name, value in wanted[part].items())
+
+
+def test_freezed_goes_on_and_keeps_to_its_choices(parent, tmp_path, capsys):
+    options = ["toys", "--parent", str(parent), "--steps", "1", "--batch", "4", "--n_fake", "16", "--out", str(tmp_path), *TINY]
+    study_freezed.main([*options, "--seeds", "5"])
+    path = tmp_path / "freezed_toys.jsonl"
+    lines = path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [(row["seed"], row["depth"], row["augment"], row["lecam"]) for row in rows] == [
+        (5, depth, augment, lecam) for depth in range(4) for augment in (True, False) for lecam in (True, False)
+    ]
+    assert {"kid", "kid_sd", "frechet", "precision", "coverage", "copy_rate", "futurism", "seconds", "commit"} <= rows[0].keys()
+    assert len({row["kid"] for row in rows}) > 4
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert about["parent"]["config"]["width"] == 4 and about["parent"]["step"] == 4 and about["n_train"] == 16
+    assert {"kid", "futurism"} <= about["before"].keys() and about["real"]["kid"] < about["before"]["kid"]
+    path.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:30])
+    study_freezed.main([*options, "--seeds", "5"])
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert again[:-1] == rows[:-1] and again[-1]["kid"] == rows[-1]["kid"]
+    with pytest.raises(SystemExit, match="made with another child: take another --out"):
+        study_freezed.main([*options, "--steps", "2"])
+    with pytest.raises(SystemExit, match="holds no trained run"):
+        study_freezed.main(["toys", "--parent", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        study_freezed.main(["photos", "--parent", str(parent)])
+    assert "need --concepts" in capsys.readouterr().err
+
+
+def test_command_in_the_record_names_no_place(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/there/tools/study_freezed.py", "toys", "--parent", "/there/runs/toys", "--steps", "5"])
+    assert study_freezed.describe_command() == "python tools/study_freezed.py toys --parent toys --steps 5"
+
+
+def test_parity_compares_what_it_says(tmp_path):
+    options = ["--steps", "4", "--n_measured", "2", "--size", "16", "--width", "4", "--batch", "4", "--out", str(tmp_path), *TINY]
+    study_parity.main([*options, "--seeds", "0"])
+    study_parity.main([*options, "--seeds", "0", "1"])
+    rows = [json.loads(line) for line in (tmp_path / "parity.jsonl").read_text().splitlines()]
+    assert [(row["seed"], row["form"]) for row in rows] == [(0, "plain"), (0, "ours"), (1, "ours"), (1, "plain")]
+    runs = {(row["seed"], row["form"]): row for row in rows}
+    assert all([place["step"] for place in row["measured"]] == [2, 4] for row in rows)
+    assert runs[0, "plain"]["precision"] == "fp32" and runs[0, "plain"]["n_fused"] == 0 < runs[0, "ours"]["n_fused"]
+    first = {run: row["measured"][0]["kid"] for run, row in runs.items()}
+    assert first[0, "plain"] == pytest.approx(first[0, "ours"], rel=0.1) != first[1, "plain"]
+    about = json.loads((tmp_path / "parity.json").read_text())
+    assert about["config"]["lecam_start"] == 0 and about["n_heldout"] == 16 and about["command"] and about["machine"]
+
+
+def test_forms_are_as_named():
+    images, config = ToyCars(8, 16, progress=False).images, TrainConfig(size=16, width=4, z_dim=8, batch=4)
+    plain, ours = (study_parity.make_trainer(images, config, form, "fp32") for form in study_parity.FORMS)
+    for trainer, is_fused in ((plain, False), (ours, True)):
+        assert {layer.is_fused for layer in trainer.D.modules() if isinstance(layer, ConvPool)} == {is_fused}
+        assert {layer.is_fused for layer in trainer.G.modules() if isinstance(layer, UpConv)} == {False}
+    with pytest.raises(CarprotoError, match="unknown"):
+        study_parity.make_trainer(images, config, "ours", "fp8")
