@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Extractor', 'extract_features', 'load_mobilenet', 'feature_precision', 'backbone_extractor',
-           'inception_extractor', 'feature_extractor', 'FuturismProbe', 'fit_futurism_probe']
+           'inception_extractor', 'feature_extractor', 'FuturismProbe', 'fit_futurism_probe', 'futurism_scale']
 
 # %% ../nbs/29_readers.ipynb #95390bd5
 from collections.abc import Callable
@@ -232,3 +232,23 @@ def fit_futurism_probe(
     probe.report["accuracy"] = float(((low < 0).float().mean() + (high > 0).float().mean()) / 2)
     probe.report["auc"] = float((high[:, None] > low).float().mean())
     return probe
+
+# %% ../nbs/29_readers.ipynb #c85b2d45
+def futurism_scale(
+    spec: str | Path,  # "toys", or a folder with a saved probe
+    backbone: str | Path | None = None,  # the MobileNetV2 file of a probe's extractor; None where the extractor needs no file
+    *,
+    device: torch.device | str | None = None,  # None takes the best at hand
+) -> Callable[[torch.Tensor], torch.Tensor]:  # images (N, 3, H, W) -> futurism (N,), the toys' from 0 to 1, a probe's in log odds
+    "Make a function that reads futurism from pictures; raise `CarprotoError` when the probe and its extractor do not fit."
+    if str(spec) == "toys":
+        reader = toy_reader(device=pick_device(device and str(device)))
+        return lambda images: reader.read(images)["futurism"]
+    probe = FuturismProbe.load(spec)
+    name, _, size = probe.report["extractor"].partition("@")
+    if size and backbone is None:
+        raise CarprotoError(f"this probe reads the features of {name}: give that file as the backbone")
+    extractor = feature_extractor(backbone if size else "toys", size=int(size) if size else None, device=device)
+    if extractor.name != probe.report["extractor"]:
+        raise CarprotoError(f"this probe was fitted on {probe.report['extractor']}, not on {extractor.name}: give that backbone")
+    return lambda images: probe.logit(extract_features(images, extractor))
