@@ -13,7 +13,7 @@ from PIL import Image
 from carproto.toycars import ToyCars
 
 BIN = Path(sys.executable).parent
-COMMANDS = ("demo", "scrape", "curate", "train", "finetune", "encode", "blend", "evaluate")
+COMMANDS = ("demo", "scrape", "curate", "train", "compact", "finetune", "encode", "blend", "evaluate")
 TINY = "--size 16 --width 4 --batch 8 --report_every 1000".split()
 
 

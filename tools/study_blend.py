@@ -1,0 +1,149 @@
+"""Measure the ways from a held-out common car to a held-out futuristic one: futurism, identity, smoothness and norms along each way.
+
+    python tools/study_blend.py toys   --common runs/common --futuristic runs/futuristic --encoder runs/encoder
+    python tools/study_blend.py photos --common runs/common --futuristic runs/futuristic --encoder runs/encoder \\
+        --heldout HELDOUT.zip --concepts CONCEPTS_HELDOUT.zip --probe data/real64/probe --backbone MOBILENET.safetensors
+
+Where --probe does not exist yet, it is fitted on --train and --train-concepts first. One record goes to data/records/blend_NAME.json.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from carproto.blend import blend_frames, blend_latents
+from carproto.core import CarprotoError, describe_environment, draw_latents, save_json, seeded, to_tensor
+from carproto.dataset import open_cars
+from carproto.dial import calibrate, factor_drift, measure_paths, mid_blend_realism, perceptual_path_length
+from carproto.encoder import load_encoder
+from carproto.invert import InvertConfig, invert
+from carproto.losses import PerceptualDistance, discriminator_maps
+from carproto.readers import FuturismProbe, extract_features, feature_extractor, fit_futurism_probe, futurism_scale
+from carproto.toyreader import toy_reader
+from carproto.train import best_generator, load_discriminator
+
+POSITIONS = torch.linspace(0, 1, 11)
+WAYS = {  # how code and generator move, and the path between the codes
+    "plain average of the codes, futuristic generator (the seed system)": ({"generator": [1.0] * 11}, "lerp"),
+    "lerp": ({}, "lerp"),
+    "slerp": ({}, "slerp"),
+    "norm": ({}, "norm"),
+    "code only": ({"generator": False}, "norm"),
+    "generator only": ({"code": False}, "norm"),
+}
+
+
+def fit_probe(folder: Path, arguments: argparse.Namespace, size: int) -> None:
+    """Fit a futurism probe on training photos and grade it on held-out ones."""
+    extractor = feature_extractor(arguments.backbone, size=arguments.extractor_size)
+    sets = [open_cars(path, size, split=None).images for path in (arguments.train, arguments.train_concepts, arguments.heldout, arguments.concepts)]
+    few = sets[0][torch.randperm(len(sets[0]), generator=seeded(0))[:3000]]
+    common, concept, low, high = (extract_features(images, extractor, show_bar=True) for images in (few, *sets[1:]))
+    probe = fit_futurism_probe(common, concept, extractor=extractor.name)
+    low, high = probe.logit(low), probe.logit(high)
+    probe.report |= {
+        "n_heldout": [len(low), len(high)],
+        "heldout_accuracy": ((low < 0).float().mean() + (high > 0).float().mean()).item() / 2,
+        "heldout_auc": (high[:, None] > low).float().mean().item(),
+        "heldout_logit": {"common": [low.mean().item(), low.std().item()], "concept": [high.mean().item(), high.std().item()]},
+    }
+    probe.save(folder)
+
+
+def read_cars(images: torch.Tensor, n: int, G, E, eye: PerceptualDistance) -> torch.Tensor:
+    """Return the codes (n, z_dim) of held-out cars, kept on the shell where codes lie; a small set is gone through more than once."""
+    order = torch.cat([torch.randperm(len(images), generator=seeded(i)) for i in range(-(-n // len(images)))])[:n]
+    found = invert(to_tensor(images[order]), G, E, perceptual=eye, config=InvertConfig(steps=60, norm_slack=0.05))
+    return found.z
+
+
+def main() -> None:
+    """Measure and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=("toys", "photos"))
+    for option in ("common", "futuristic", "encoder"):
+        parser.add_argument(f"--{option}", type=Path, required=True, help="a run's folder")
+    for option in ("heldout", "concepts", "train", "train-concepts", "backbone"):
+        parser.add_argument(f"--{option}", default="", help="for photos: a folder or zip, or the MobileNetV2 file")
+    parser.add_argument("--probe", type=Path, default=Path("data/real64/probe"), help="for photos: the futurism probe's folder")
+    parser.add_argument("--extractor-size", type=int, default=96, help="pixels that the backbone sees")
+    parser.add_argument("--n", type=int, default=200, help="pairs")
+    parser.add_argument("--out", type=Path, default=Path("data/records"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    common, futuristic = (best_generator(path, "cpu") for path in (arguments.common, arguments.futuristic))
+    E = load_encoder(arguments.encoder / "encoder", fingerprint=common.fingerprint(), device="cpu")
+    eye = PerceptualDistance(discriminator_maps(load_discriminator(arguments.common, "cpu")))
+    if arguments.name == "toys":
+        reader = toy_reader()
+        heldout = open_cars("toycars", common.size, split="heldout").images
+        concepts = open_cars("toycars-futuristic", common.size, split="heldout").images
+        scale, extractor = futurism_scale("toys"), feature_extractor("toys")
+    else:
+        if not (arguments.heldout and arguments.concepts and arguments.backbone):
+            raise CarprotoError("photos need --heldout, --concepts and --backbone")
+        if not (arguments.probe / "config.json").exists():
+            fit_probe(arguments.probe, arguments, common.size)
+        heldout, concepts = (open_cars(path, common.size, split=None).images for path in (arguments.heldout, arguments.concepts))
+        scale = futurism_scale(arguments.probe, arguments.backbone)
+        extractor = feature_extractor(arguments.backbone, size=arguments.extractor_size)
+    z_a, z_b = read_cars(heldout, arguments.n, common, E, eye), read_cars(concepts, arguments.n, futuristic, E, eye)
+    with torch.no_grad():
+        apart = draw_latents(128, common.z_dim, seed=5)
+        reference = eye(common(apart[:64]), common(apart[64:])).mean().item()
+
+    def frames_of(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, options: dict, mode: str) -> torch.Tensor:
+        return blend_frames(common, futuristic, a, b, w, mode=mode, **options)
+
+    def measure(name: str, options: dict, mode: str, dialled: bool) -> dict:
+        paths, shares = [], []
+        for a, b in zip(tqdm(z_a, desc=name, unit="pair"), z_b):
+            w = POSITIONS
+            if dialled:
+                dial = calibrate(lambda raw: frames_of(a, b, raw, {}, mode), scale, n=25, perceptual=eye)  # noqa: B023 - called at once
+                w, _ = dial(POSITIONS), shares.append(dial.share)
+            moving = torch.zeros(len(w)) if options.get("code") is False else w
+            paths.append((frames_of(a, b, w, options, mode), blend_latents(a, b, moving, mode)))
+        found = measure_paths(paths, futurism=scale, perceptual=eye, reference=reference)
+        return {**found, "median_share": torch.tensor(shares).median().item()} if shares else found
+
+    ways = {name: measure(name, *way, dialled=False) for name, way in WAYS.items()}
+    ways["norm, calibrated"] = measure("norm, calibrated", {}, "norm", dialled=True)
+    lengths = {}
+    for mode in ("lerp", "slerp", "norm"):
+        draws = [lambda w, a=a, b=b, mode=mode: frames_of(a, b, w, {}, mode) for a, b in zip(z_a[:100], z_b[:100])]
+        found = perceptual_path_length(draws, eye)
+        lengths[mode] = {"mean": found.mean().item(), "median": found.median().item(), "n": len(found)}
+    with torch.no_grad():
+        drawn = [torch.cat([G(z) for z in draw_latents(500, common.z_dim, seed=3).split(50)]) for G in (common, futuristic)]
+    before, after = (scale(images) for images in drawn)
+    pooled = ((before.var() + after.var()) / 2).sqrt()
+    record = {
+        "command": f"python tools/study_blend.py {arguments.name} --n {arguments.n}",
+        "machine": describe_environment(),
+        "n_pairs": arguments.n,
+        "n_heldout": [len(heldout), len(concepts)],
+        "generators": {"common": common.fingerprint(), "futuristic": futuristic.fingerprint(), **common.config()},
+        "reference": reference,
+        "ways": ways,
+        "path_length": lengths,
+        "realism": {f"w {w}": mid_blend_realism(common, futuristic, extractor, w=w) for w in (0.25, 0.5, 0.75)},
+        "freezed": {"common": before.mean().item(), "futuristic": after.mean().item(),
+                    "effect_size": ((after.mean() - before.mean()) / pooled).item(),
+                    "held_out_common": scale(heldout).mean().item(), "held_out_concepts": scale(concepts).mean().item(),
+                    "same_code_distance": eye(drawn[0][:200], drawn[1][:200]).mean().item(),
+                    "other_code_distance": eye(drawn[0][:200], drawn[1][200:400]).mean().item()},
+    }  # fmt: skip
+    if arguments.name == "toys":
+        record["factors"] = factor_drift(common, futuristic, reader)
+    else:
+        record["probe"] = FuturismProbe.load(arguments.probe).report
+    save_json(record, arguments.out / f"blend_{arguments.name}.json")
+    for name, found in ways.items():
+        shares = " ".join(f"{key} {found[key]:.0%}" for key in ("share_spearman_0.95", "share_steps_3x", "share_norms_5pct"))
+        print(f"{name:70} {shares}")
+
+
+if __name__ == "__main__":
+    main()
