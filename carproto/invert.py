@@ -8,7 +8,6 @@ __all__ = ['InvertConfig', 'Inversion', 'invert', 'doubtful', 'tune_pivot']
 # %% ../nbs/39_invert.ipynb #a28258a8
 import copy
 import time
-
 from dataclasses import dataclass, fields
 
 import torch
