@@ -201,11 +201,13 @@ def carproto_compact(
     source: str = "runs/common",  # folder of a trained run
     run: str = "runs/compact",  # the new run's folder
     z_dim: int = 0,  # numbers of the code to keep; 0 keeps those that make up 98 % of what shows
+    like: str = "",  # folder of a run that was compacted before, for its fine-tuned child
 ):
     "Shorten a run's code to the directions that show in the picture."
-    config = compact_run(source, run, z_dim or None).config()
-    told = load_json(Path(run) / "data.json")
-    print(f"{run} has a code of {config['z_dim']} numbers instead of {told['compact_from']}, with {told['compact_share']:.1%} of what shows; "
+    config = compact_run(source, run, z_dim or None, like=like or None).config()
+    note = load_json(Path(run) / "data.json")["compacted"][-1]
+    share = f", the same as {note['like']}" if like else f", with {note['share']:.1%} of what shows"
+    print(f"{run} has a code of {config['z_dim']} numbers instead of {note['from']}{share}; "
           f"some hundred steps let it settle: carproto_train --run {run} with the same data and --z_dim {config['z_dim']}")  # fmt: skip
 
 # %% ../nbs/60_cli.ipynb #7d83d1e2

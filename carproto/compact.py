@@ -7,6 +7,7 @@ __all__ = ['visible_directions', 'count_visible', 'compact_generator', 'compact_
 
 # %% ../nbs/36_compact.ipynb #6d2c9ecd
 import copy
+import shutil
 from pathlib import Path
 
 import torch
@@ -62,6 +63,8 @@ def compact_run(
     source_run: str | Path,  # folder of a trained run
     run_dir: str | Path,  # folder of the new run; must not hold one yet
     z_dim: int | None = None,  # numbers to keep; None keeps a share of 0.98 of what shows
+    *,
+    like: str | Path | None = None,  # a run that was compacted before: its directions are taken, so that a child keeps its parent's codes
 ) -> RunFolder:  # a run that can go on, be fine-tuned, and be read by an encoder
     "Make a run whose generator has a shorter code; raise `CarprotoError` when there is none to begin with."
     source, run, state = RunFolder(source_run), RunFolder(run_dir), load_checkpoint(Path(source_run) / "checkpoints")
@@ -73,13 +76,23 @@ def compact_run(
     ema = Generator(config.size, config.z_dim, config.width)
     ema.load_state_dict(state["ema"])
     shares, directions = visible_directions(measure_statistics(ema))
-    z_dim = z_dim or count_visible(shares)
+    if like is not None:
+        directions = torch.tensor(load_json(Path(like) / "directions.json"))
+        if len(directions) != config.z_dim or z_dim not in (None, directions.shape[1]):
+            raise CarprotoError(f"{like} keeps {directions.shape[1]} of {len(directions)} numbers, and {source_run} has codes of {config.z_dim}")
+    z_dim = directions.shape[1] if like is not None else z_dim or count_visible(shares)
     short = compact_generator(ema, directions, z_dim)
-    about = {"compact_of": Path(source_run).name, "compact_from": config.z_dim, "compact_share": shares[:z_dim].sum().item()}
-    save_json({**load_json(source.path / "data.json"), **about}, run.path / "data.json")
+    told = load_json(source.path / "data.json")
+    note = {"step": state["step"], "from": config.z_dim, "to": z_dim, **({"like": Path(like).name} if like is not None else {})}
+    note["share"] = None if like is not None else shares[:z_dim].sum().item()
+    save_json({**told, "compacted": [*told.get("compacted", []), note]}, run.path / "data.json")
     run.create(TrainConfig(**{**source.config(), "z_dim": z_dim}))
+    for name in ("stats.jsonl", "sessions.jsonl"):  # the record goes on
+        if (source.path / name).exists():
+            shutil.copyfile(source.path / name, run.path / name)
+    save_json(directions[:, :z_dim].tolist(), run.path / "directions.json")
     save_checkpoint(run.checkpoints, state.pop("step"), _turned(state, directions[:, :z_dim]))
-    save_generator(short, run.path / "final", about={"run": run.path.name, **about})
+    save_generator(short, run.path / "final", about={"run": run.path.name, "steps": note["step"]})
     return run
 
 
