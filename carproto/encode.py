@@ -204,7 +204,7 @@ class EncoderTrainer:
         "Take up a state again; raise `CarprotoError` when it belongs to another generator, other photos or other choices."
         if state["generator"] != self.E.generator:
             raise CarprotoError("this run's encoder was trained for another generator: choose another name for the new one")
-        changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v]
+        changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v and k != "report_every"]
         if changed:
             raise CarprotoError(f"the run was started with another {', '.join(changed)}: keep it, or take another name")
         sizes = [len(feed["order"]) for feed in state["feeds"]]
