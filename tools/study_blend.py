@@ -54,7 +54,7 @@ def fit_probe(folder: Path, arguments: argparse.Namespace, size: int) -> None:
 def read_cars(images: torch.Tensor, n: int, G, E, eye: PerceptualDistance) -> torch.Tensor:
     """Return the codes (n, z_dim) of held-out cars, kept on the shell where codes lie; a small set is gone through more than once."""
     order = torch.cat([torch.randperm(len(images), generator=seeded(i)) for i in range(-(-n // len(images)))])[:n]
-    found = invert(to_tensor(images[order]), G, E, perceptual=eye, config=InvertConfig(steps=60, norm_slack=0.05))
+    found = invert(to_tensor(images[order]), G, E, perceptual=eye, config=InvertConfig(steps=60, norm_slack=0.049))
     return found.z
 
 
@@ -122,6 +122,7 @@ def main() -> None:
     record = {
         "command": f"python tools/study_blend.py {arguments.name} --n {arguments.n}",
         "machine": describe_environment(),
+        "seed": 0,
         "n_pairs": arguments.n,
         "n_heldout": [len(heldout), len(concepts)],
         "generators": {"common": common.fingerprint(), "futuristic": futuristic.fingerprint(), **common.config()},
