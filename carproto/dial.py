@@ -147,7 +147,7 @@ def _worst_step(steps: torch.Tensor) -> float:
     "Compare the largest of some steps with their median."
     return (steps.max() / steps.quantile(0.5).clamp_min(1e-12)).item()
 
-# %% ../nbs/41_dial.ipynb #1dd4da17
+# %% ../nbs/41_dial.ipynb #c74064be
 def silhouette(
     images: torch.Tensor,  # (N, 3, H, W), uint8 or float in [-1, 1], one car each before a calm background
     *,
@@ -156,15 +156,18 @@ def silhouette(
     "Find the outline of a car that stands before a calm background."
     x = (shrink(images, None) + 1) / 2
     border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=2).mean((1, 2))
-    limit = (sharp * border).clamp_min(0.02)[:, None, None]
-    mask = torch.ones_like(x[:, 0], dtype=torch.bool)
+    mask, n_calm = torch.ones_like(x[:, 0], dtype=torch.bool), max(1, x.shape[2] // 8)
     for dim in (1, 2):
-        change = (x.diff(dim=dim + 1).norm(dim=1) > limit).int()
-        edge = torch.zeros_like(change.narrow(dim, 0, 1))
-        since_first = torch.cat([edge, change], dim).cummax(dim).values
-        until_last = torch.cat([change, edge], dim).flip(dim).cummax(dim).values.flip(dim)
+        change = x.diff(dim=dim + 1).norm(dim=1)
+        restless = torch.cat([change[:, :n_calm], change[:, -n_calm:]], dim=1).flatten(1).quantile(0.9, dim=1)
+        limit = torch.maximum((sharp * border).clamp_min(0.02), 1.5 * restless)
+        is_sharp = (change > limit[:, None, None]).int()
+        edge = torch.zeros_like(is_sharp.narrow(dim, 0, 1))
+        since_first = torch.cat([edge, is_sharp], dim).cummax(dim).values
+        until_last = torch.cat([is_sharp, edge], dim).flip(dim).cummax(dim).values.flip(dim)
         mask &= (since_first & until_last).bool()
-    return mask
+    kept = -F.max_pool2d(-mask.float(), 3, 1, 1)
+    return F.max_pool2d(kept, 3, 1, 1).bool()
 
 
 def overlap(
