@@ -9,8 +9,10 @@ from tqdm import tqdm
 
 from carproto.blocks import ConvPool, UpConv
 from carproto.checkpoint import load_checkpoint
-from carproto.core import CarprotoError, RunFolder
+from carproto.core import CarprotoError, RunFolder, draw_latents, load_json, to_picture
+from carproto.encoder import load_encoder
 from carproto.freezed import child_config, finetune_freezed
+from carproto.sngan import Generator, load_generator
 from carproto.toycars import FUTURISTIC, ToyCars
 from carproto.train import train_gan
 from carproto.trainer import TrainConfig
@@ -19,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 import study_freezed  # noqa: E402
 import study_parity  # noqa: E402
+import study_recipe  # noqa: E402
+import train_pair  # noqa: E402
 
 TINY = ["--n_heldout", "16", "--n_train", "16"]
 
@@ -102,3 +106,53 @@ def test_forms_are_as_named():
         assert {layer.is_fused for layer in trainer.G.modules() if isinstance(layer, UpConv)} == {False}
     with pytest.raises(CarprotoError, match="unknown"):
         study_parity.make_trainer(images, config, "ours", "fp8")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> dict[str, str]:
+    """Folders of pictures, as a person would have them."""
+    folder, sets = tmp_path_factory.mktemp("photos"), {"data": 40, "heldout": 24, "concepts": 32, "concepts_heldout": 24}
+    for seed, (name, n) in enumerate(sets.items()):
+        (folder / name).mkdir()
+        kind = {"futurism": FUTURISTIC} if "concept" in name else {}
+        for i, image in enumerate(ToyCars(n, 32, seed=seed, progress=False, **kind).images):
+            to_picture(image).save(folder / name / f"{i}.png")
+    return {name: str(folder / name) for name in sets}
+
+
+def test_recipes_differ_as_they_say(photos, tmp_path):
+    options = ["compare", "--data", photos["data"], "--heldout", photos["heldout"], "--backbone", "toys", "--size", "16", "--width", "4",
+               "--batch", "4", "--steps", "2", "--n_measured", "1", "--n_fake", "24", "--out", str(tmp_path)]  # fmt: skip
+    study_recipe.main([*options, "--seeds", "0", "--recipes", "2022"])
+    study_recipe.main([*options, "--seeds", "0"])
+    rows = [json.loads(line) for line in (tmp_path / "recipe_compare.jsonl").read_text().splitlines()]
+    assert [row["recipe"] for row in rows] == list(study_recipe.RECIPES)
+    assert len({row["measured"][-1]["kid"] for row in rows}) == len(rows)
+    assert all(set(row["averages"]) == {"raw", "1000", "3000", "30000"} for row in rows)
+    assert {"kid", "frechet", "coverage", "copy_rate", "seconds"} <= rows[0]["measured"][-1].keys()
+    with pytest.raises(SystemExit, match="no such recipe"):
+        study_recipe.main([*options, "--recipes", "2032"])
+
+
+def test_batch_decides_in_the_recipe_of_2022():
+    G, z = Generator(16, 8, 4), draw_latents(8, 8)
+    by_batch = study_recipe.ByBatch(G).eval()
+    assert not torch.allclose(by_batch(z)[:4], by_batch(z[:4]), atol=1e-3)
+    assert torch.allclose(G.eval()(z)[:4], G(z[:4]), atol=1e-5)
+
+
+def test_pair_from_photos_to_release_in_pieces(photos, tmp_path):
+    sources = [word for name, path in photos.items() for word in (f"--{name}", path)]
+    options = ["tiny", *sources, "--backbone", "toys", "--size", "16", "--width", "4", "--batch", "8", "--z_dims", "8", "6", "4", "--n_frozen", "1",
+               "--steps", "4", "6", "3", "3", "--report_every", "2", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "data")]  # fmt: skip
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        train_pair.main([*options, "--max_minutes", "0.00001"])
+    train_pair.main(options)
+    parts = {part: tmp_path / "data" / "tiny" / part for part in ("common", "futuristic", "encoder")}
+    common, futuristic = (load_generator(parts[part], "cpu") for part in ("common", "futuristic"))
+    assert common.z_dim == futuristic.z_dim == 4 and common.size == 16
+    assert load_encoder(parts["encoder"], fingerprint=common.fingerprint(), device="cpu").z_dim == 4
+    told = {part: load_json(tmp_path / "data" / "tiny" / "record" / part / "evaluation.json") for part in ("common", "futuristic")}
+    assert told["common"]["n_fake"] == 1000 and {"kid", "copy_rate"} <= told["futuristic"].keys()
+    train_pair.main(options)
+    assert load_generator(parts["futuristic"], "cpu").fingerprint() == futuristic.fingerprint()  # all was done: nothing is trained again

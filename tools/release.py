@@ -14,7 +14,7 @@ from carproto.encoder import load_encoder, save_encoder
 from carproto.sngan import load_generator, save_generator
 from carproto.train import best_generator
 
-RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl")
+RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
 LIMIT_MB = 20
 
 
@@ -44,14 +44,14 @@ def copy_record(run: Path, folder: Path) -> None:
             shutil.copyfile(run / name, folder / name)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Write data/NAME."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="of the release, such as toy64")
     for part in ("common", "futuristic", "encoder"):
         parser.add_argument(f"--{part}", type=Path, required=True, help="a run's folder")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where releases lie")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folder, bound = arguments.data / arguments.name, load_json(arguments.encoder / "encoder" / "config.json")["generator"]
     if best_generator(arguments.common, "cpu").fingerprint() != bound:
         raise CarprotoError(f"{arguments.encoder} reads generator {bound}, which is not the one of {arguments.common}")

@@ -29,7 +29,7 @@ from carproto.sngan import Generator, measure_statistics
 from carproto.toyreader import ToyReader, toy_reader
 from carproto.trainer import TrainConfig, Trainer
 
-CHILD = {"d_steps": 1, "lr_g": 2e-4, "lr_d": 2e-4, "ema_images": 1000}
+CHILD = {"d_steps": 1, "lr_g": 5e-4, "lr_d": 1e-3, "ema_images": 1000}
 POLICY, LECAM_WEIGHT = "color,translation,cutout", 0.3
 N_STATISTICS = 8  # batches for BatchNorm's statistics: a run takes 32, which shifts the KID by less than the draw of the codes and costs more
 MEASURED = ("kid", "kid_sd", "kid_train", "frechet", "precision", "recall", "coverage", "copy_rate")

@@ -1,0 +1,133 @@
+"""Train a pair of generators and their encoder on photos, from nothing to a release, in one command that can be stopped and goes on.
+
+    python tools/train_pair.py real64 --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip \\
+        --backbone MOBILENET.safetensors                                                       # 64 px, two hours on a CPU
+    python tools/train_pair.py real128 ... --size 128 --width 64 --batch 128 --d_steps 2 --steps 30000 40000 5000 6000    # a GPU
+
+In order: train on common cars, shorten the code to the directions that show and let it settle, fine-tune on concept cars, shorten both codes
+alike, train the encoder, measure, release. Each stage is the console command of its name, its run lies in runs/NAME, and goes on where it was
+stopped. The release, data/NAME, gets half-precision weights and the records; no network is needed.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import release
+
+from carproto import cli
+from carproto.core import CarprotoError, RunFolder, load_json
+
+
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the release, such as real64")
+    sources = {"data": "photos of common cars", "heldout": "held-out ones", "concepts": "photos of concept cars", "concepts_heldout": "held-out ones"}
+    for option, what in sources.items():
+        parser.add_argument(f"--{option}", required=True, help=f"{what}: zip or folder")
+    parser.add_argument("--backbone", required=True, help="who measures: a MobileNetV2 file, inception, or toys")
+    parser.add_argument("--steps", type=int, nargs=4, default=(4000, 5500, 1000, 1200), metavar=("FIRST", "COMMON", "CONCEPT", "ENCODER"),
+                        help="until the common cars' code is shortened, in all, of the child, of the encoder")  # fmt: skip
+    parser.add_argument("--max_minutes", type=float, default=0, help="stop cleanly after so long; 0 never")
+    parser.add_argument("--size", type=int, default=64, help="pixels")
+    parser.add_argument("--width", type=int, default=16, help="channels at full size; 64 is the published network")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--d_steps", type=int, default=1)
+    parser.add_argument("--augment", default="translation", help="for the many common cars; the few concept cars get all of DiffAugment")
+    parser.add_argument("--n_frozen", type=int, default=2, help="lower blocks of the discriminator that the child keeps")
+    parser.add_argument("--z_dims", type=int, nargs=3, default=(64, 16, 8), metavar=("FIRST", "SETTLED", "LAST"), help="numbers of a code, over time")
+    parser.add_argument("--report_every", type=int, default=500, help="steps between measurements; the child's are twice as dense")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs lie")
+    parser.add_argument("--out", type=Path, default=Path("data"), help="where the release goes")
+    return parser.parse_args(argv)
+
+
+class Stages:
+    """The stages, each in its folder; all can be called again."""
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.told, self.folder, self.start = arguments, arguments.runs / arguments.name, time.monotonic()
+        self.judged = {"extractor": arguments.backbone, "extractor_size": 96 if arguments.backbone.endswith(".safetensors") else 0}
+
+    def path(self, stage: str) -> str:
+        """Say where a stage's run lies."""
+        return str(self.folder / stage)
+
+    def minutes_left(self) -> float:
+        """Say for how long the next stage may run; 0 means for ever."""
+        if not self.told.max_minutes:
+            return 0.0
+        left = self.told.max_minutes - (time.monotonic() - self.start) / 60
+        if left <= 0:
+            raise CarprotoError(f"{self.told.max_minutes:g} minutes are over; the same command goes on")
+        return left
+
+    def check_done(self, stage: str, weights: str, steps: int) -> None:
+        """Stop here, to be called again, unless a stage has all its steps."""
+        done = load_json(self.folder / stage / weights / "config.json")["steps"]
+        if done < steps:
+            raise CarprotoError(f"stopped in {stage} after step {done} of {steps}; the same command goes on")
+
+    def train(self, stage: str, z_dim: int, steps: int) -> None:
+        """Train on common cars."""
+        told = self.told
+        cli.carproto_train(data=told.data, heldout=told.heldout, run=self.path(stage), size=told.size, width=told.width, z_dim=z_dim, steps=steps,
+                           batch=told.batch, d_steps=told.d_steps, augment=told.augment, report_every=told.report_every, seed=told.seed,
+                           allow_changes=True, max_minutes=self.minutes_left(), **self.judged)  # fmt: skip
+        self.check_done(stage, "final", steps)
+
+    def finetune(self, stage: str, source: str, steps: int) -> None:
+        """Fine-tune on concept cars."""
+        told = self.told
+        cli.carproto_finetune(source=self.path(source), run=self.path(stage), data=told.concepts, heldout=told.concepts_heldout, steps=steps,
+                              n_frozen=told.n_frozen, report_every=max(told.report_every // 2, 1), seed=told.seed,
+                              max_minutes=self.minutes_left(), **self.judged)  # fmt: skip
+        self.check_done(stage, "final", steps)
+
+    def shorten(self, stage: str, source: str, z_dim: int, like: str = "") -> None:
+        """Shorten a run's code, unless that was done."""
+        if not RunFolder(self.folder / stage).exists:
+            cli.carproto_compact(source=self.path(source), run=self.path(stage), z_dim=z_dim, like=self.path(like) if like else "")
+
+    def encode(self, stage: str, common: str, futuristic: str, steps: int) -> None:
+        """Train the encoder of the pair."""
+        told = self.told
+        cli.carproto_encode(common=self.path(common), futuristic=self.path(futuristic), run=self.path(stage), data=told.data, heldout=told.heldout,
+                            concepts=told.concepts, heldout_concepts=told.concepts_heldout, width=32, steps=steps, seed=told.seed,
+                            max_minutes=self.minutes_left())  # fmt: skip
+        self.check_done(stage, "encoder", steps)
+
+    def measure(self, stage: str, heldout: str, train: str) -> None:
+        """Measure a generator on a thousand drawn cars, unless that was done."""
+        if not (self.folder / stage / "evaluation.json").exists():
+            cli.carproto_evaluate(run=self.path(stage), data=heldout, train=train, n_fake=1000, **self.judged)
+
+    def run(self) -> None:
+        """Go through all stages."""
+        told, (first, settled, last) = self.told, self.told.z_dims
+        n_first, n_common, n_concept, n_encoder = told.steps
+        self.train("common_first", first, n_first)
+        self.shorten("common_settled", "common_first", settled)
+        self.train("common_settled", settled, n_common)
+        self.finetune("futuristic_settled", "common_settled", n_concept)
+        self.shorten("common", "common_settled", last)
+        self.shorten("futuristic", "futuristic_settled", last, like="common")
+        self.encode("encoder", "common", "futuristic", n_encoder)
+        self.measure("common", told.heldout, told.data)
+        self.measure("futuristic", told.concepts_heldout, told.concepts)
+        parts = [word for part in ("common", "futuristic", "encoder") for word in (f"--{part}", self.path(part))]
+        release.main([told.name, *parts, "--data", str(told.out)])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train and release; tell a mistake in one line."""
+    try:
+        Stages(read_arguments(argv)).run()
+    except CarprotoError as error:
+        sys.exit(f"train_pair: {error}")
+
+
+if __name__ == "__main__":
+    main()
