@@ -372,15 +372,16 @@ def carproto_evaluate(
     run: str = "runs/common",  # folder of a training run
     data: str = "toycars",  # cars never trained on: a folder or zip, "toycars" or "toycars-futuristic"
     extractor: str = "toys",  # "toys", "inception", or a MobileNetV2 file
-    train: str = "",  # the cars trained on, to look for copies
+    train: str = "",  # the cars trained on, to look for copies; the same as `data` where the training held out a tenth of it
     fit: str = "squash",  # how a photo becomes square: squash, crop or letterbox
     n_fake: int = 0,  # drawn cars; 0 means as many as there are held-out ones
     extractor_size: int = 0,  # pixels that a backbone file sees; 0 means 224
 ):
     "Measure a run's generator against held-out cars: KID, coverage, copy rate and more."
     G = best_generator(run)
-    heldout = open_cars(data, G.size, fit=fit, split="heldout" if data.startswith("toycars") else None).images
-    seen = open_cars(train, G.size, fit=fit, split="train").images if train else None
+    is_one_set = data == train or data.startswith("toycars")
+    heldout = open_cars(data, G.size, fit=fit, split="heldout" if is_one_set else None).images
+    seen = open_cars(train, G.size, fit=fit, split="train" if is_one_set else None).images if train else None
     looks = feature_extractor(extractor, size=extractor_size or None)
     numbers = Evaluator(heldout, looks, train=seen, n_fake=n_fake or None, show_bar=True).evaluate(G)
     save_json({"data": data, "train": train, "fit": fit, "generator": G.fingerprint(), **numbers}, Path(run) / "evaluation.json")
