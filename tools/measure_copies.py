@@ -1,0 +1,81 @@
+"""Measure how released generators lean to the cars that they learned from; the record holds distances and codes, no photo.
+
+    python tools/measure_copies.py toys
+    python tools/measure_copies.py photos --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip
+
+For each generator: the share of drawn cars that count as copies, the ratio that decides it, how drawn and real cars lean, and the codes of
+the drawn cars that lean most. As a check of the measure itself, training cars that were blurred, moved or tinted are put in place of drawn ones.
+"""
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from study_freezed import describe_command
+
+from carproto.core import describe_environment, save_json, to_tensor
+from carproto.dataset import open_cars
+from carproto.metrics import copy_rate, generate_images, lean_to_train, thumbnails, usual_leaning
+from carproto.sngan import load_generator
+
+RELEASES = {"toys": "toy64", "photos": "real64"}
+SPOILT = {
+    "blurred": lambda x: F.avg_pool2d(x, 3, 1, 1),
+    "moved by 2 pixels": lambda x: torch.roll(x, (2, 2), (2, 3)),
+    "brightened": lambda x: 0.8 * x + 0.2,
+    "mixed with 30 % of another": lambda x: 0.7 * x + 0.3 * x.flip(0),
+}
+N_WORST = 8
+
+
+def quantiles(values: torch.Tensor) -> list[float]:
+    """Return 51 evenly spaced quantiles."""
+    return torch.quantile(values, torch.linspace(0, 1, 51)).tolist()
+
+
+def measure(name: str, train: torch.Tensor, heldout: torch.Tensor, n: int, seed: int) -> dict:
+    """Measure one generator."""
+    G = load_generator(name, "cpu")
+    small_train, small_heldout, drawn = thumbnails(train), thumbnails(heldout), thumbnails(generate_images(G, n, seed=seed))
+    usual, leaning = usual_leaning(small_train, small_heldout), lean_to_train(drawn, small_train, small_heldout)
+    nearest, limit = torch.cdist(drawn, small_train).min(1).values, torch.quantile(usual, 0.01)
+    worst = [{"code": i, "leaning": leaning[i].item(), "distance": nearest[i].item()} for i in leaning.argsort()[:N_WORST].tolist()]
+    some = to_tensor(train[torch.linspace(0, len(train) - 1, min(len(train), 1000)).long()])
+    found = {how: copy_rate(thumbnails(spoil(some).clamp(-1, 1)), small_train, small_heldout) for how, spoil in SPOILT.items()}
+    return {
+        "fingerprint": G.fingerprint(), "n_train": len(train), "n_heldout": len(heldout), "n_drawn": n, "n_usual": len(usual),
+        "copy_rate": copy_rate(drawn, small_train, small_heldout), "limit": limit.item(), "real": quantiles(usual), "drawn": quantiles(leaning),
+        "worst": worst, "distance_drawn": quantiles(nearest),
+        "distance_heldout": quantiles(torch.cdist(small_heldout, small_train).min(1).values), "spoilt_copies_found": found,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Write data/records/copies_NAME.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=tuple(RELEASES))
+    for option in ("data", "heldout", "concepts", "concepts_heldout"):
+        parser.add_argument(f"--{option}", help="for photos: zip or folder")
+    parser.add_argument("--n", type=int, default=4000, help="cars to draw")
+    parser.add_argument("--seed", type=int, default=0, help="of their codes")
+    parser.add_argument("--out", type=Path, default=Path("data/records"))
+    told = parser.parse_args()
+    if told.name == "toys":
+        sets = {part: [open_cars(data, 64, split=split).images for split in ("train", "heldout")]
+                for part, data in (("common", "toycars"), ("futuristic", "toycars-futuristic"))}  # fmt: skip
+    else:
+        paths = {"common": (told.data, told.heldout), "futuristic": (told.concepts, told.concepts_heldout)}
+        if None in (*paths["common"], *paths["futuristic"]):
+            parser.error("photos need --data, --heldout, --concepts and --concepts_heldout")
+        sets = {part: [open_cars(path, 64, split=None).images for path in both] for part, both in paths.items()}
+    found = {part: measure(f"{RELEASES[told.name]}/{part}", *both, told.n, told.seed) for part, both in sets.items()}
+    record = {"command": describe_command(), "seed": told.seed, "machine": describe_environment(), **found}
+    path = save_json(record, told.out / f"copies_{told.name}.json")
+    for part, numbers in found.items():
+        spoilt = ", ".join(f"{how} {share:.0%}" for how, share in numbers["spoilt_copies_found"].items())
+        print(f"{part}: copy rate {numbers['copy_rate']:.2%} of {told.n}, limit {numbers['limit']:.2f}; copies found: {spoilt}")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
