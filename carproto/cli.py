@@ -36,6 +36,7 @@ from .journey import Journey, read_journey, write_journey
 from .losses import PerceptualDistance, discriminator_maps
 from .metrics import Evaluator
 from .readers import feature_extractor, futurism_scale
+from .route import plan_route
 from .search import search_images
 from .sngan import Generator
 from .sources import CarConnection
@@ -333,7 +334,7 @@ def carproto_blend(
     generator: str = "",  # intensities of the generator alone
     levels: str = "",  # share of each resolution in the generator's intensity, from 4 px up, with commas; empty means all
     mode: str = "norm",  # path between the codes: norm, slerp or lerp
-    calibrate_by: str = "",  # make equal steps equal steps of futurism: "toys", or a folder with a futurism probe
+    calibrate_by: str = "",  # find a way on which equal steps are equal steps of futurism: "toys", or a folder with a futurism probe
     backbone: str = "",  # the probe's MobileNetV2 file
     recipe: str = "",  # draw a recipe.json again; the cars and the ways are in it
     fit: str = "squash",  # how a photo becomes square: squash, crop or letterbox
@@ -355,13 +356,16 @@ def carproto_blend(
         steps = check_intensities(read_intensities(intensity), extrapolate=extrapolate).tolist()
         ways = {"levels": read_intensities(levels).tolist() if levels else None, "mode": mode, "car_a": car_a, "car_b": car_b}
         prints = {"common": generators[0].fingerprint(), "futuristic": generators[1].fingerprint()}
-        raw = steps
+        own = [_own(text, len(steps), steps, extrapolate) for text in (code, generator)]
         if calibrate_by:
             scale = futurism_scale(calibrate_by, backbone or None)
-            draw = lambda w: Journey(z_a, z_b, w.tolist(), w.tolist(), w.tolist(), **ways).draw(*generators)  # noqa: E731
             eyes = PerceptualDistance(discriminator_maps(load_discriminator(common, "cpu")))
-            raw = calibrate(draw, scale, perceptual=eyes)(steps, extrapolate=extrapolate).tolist()
-        own = [_own(text, len(steps), raw, extrapolate) for text in (code, generator)]
+            draw = lambda *both: Journey(z_a, z_b, *(w.tolist() for w in (*both, both[0])), **ways).draw(*generators)  # noqa: E731
+            if code or generator:
+                raw = calibrate(lambda w: draw(w, w), scale, perceptual=eyes)(steps, extrapolate=extrapolate).tolist()
+                own = [_own(text, len(steps), raw, extrapolate) for text in (code, generator)]
+            else:
+                own = [w.tolist() for w in plan_route(draw, scale, perceptual=eyes)(steps, extrapolate=extrapolate)]
         journey = Journey(z_a, z_b, *own, steps, **ways, **prints)
     frames = journey.draw(*generators)
     write_journey(journey, frames, out)

@@ -231,6 +231,7 @@ def measure_paths(
     table = {name: torch.stack([getattr(path, name) for path in found]) for name in ("futurism", "identity", "silhouette", "norms")}
     spearman, worst = (torch.tensor([getattr(path, name) for path in found]) for name in ("spearman", "worst_step"))
     ends = table["norms"][:, [0, -1]]
+    rising = table["futurism"][:, -1] > table["futurism"][:, 0]
     inside = (table["norms"] >= 0.95 * ends.amin(1, keepdim=True)) & (table["norms"] <= 1.05 * ends.amax(1, keepdim=True))
 
     def share(kept: torch.Tensor) -> float:
@@ -239,6 +240,8 @@ def measure_paths(
     return {
         "n": len(found),
         "share_spearman_0.95": share(spearman >= 0.95),
+        "n_rising": int(rising.sum()),
+        "share_spearman_0.95_of_rising": share(spearman[rising] >= 0.95) if rising.any() else None,
         "share_steps_3x": share(worst <= 3),
         "share_norms_5pct": share(((table["norms"] - 1).abs() <= 0.05).all(1)),
         "share_norms_ends": share(inside.all(1)),

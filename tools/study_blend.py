@@ -7,6 +7,7 @@
 Where --probe does not exist yet, it is fitted on --train and --train-concepts first. One record goes to data/records/blend_NAME.json.
 """
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from carproto.encoder import load_encoder
 from carproto.invert import InvertConfig, invert
 from carproto.losses import PerceptualDistance, discriminator_maps
 from carproto.readers import FuturismProbe, extract_features, feature_extractor, fit_futurism_probe, futurism_scale
+from carproto.route import plan_route
 from carproto.toyreader import toy_reader
 from carproto.train import best_generator, load_discriminator
 
@@ -96,20 +98,26 @@ def main() -> None:
     def frames_of(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, options: dict, mode: str) -> torch.Tensor:
         return blend_frames(common, futuristic, a, b, w, mode=mode, **options)
 
-    def measure(name: str, options: dict, mode: str, dialled: bool) -> dict:
+    def measure(name: str, options: dict, mode: str, planned: str = "") -> dict:
         paths, shares = [], []
         for a, b in zip(tqdm(z_a, desc=name, unit="pair"), z_b):
-            w = POSITIONS
-            if dialled:
+            w, own = POSITIONS, options
+            if planned == "dial":
                 dial = calibrate(lambda raw: frames_of(a, b, raw, {}, mode), scale, n=25, perceptual=eye)  # noqa: B023 - called at once
                 w, _ = dial(POSITIONS), shares.append(dial.share)
+            elif planned == "route":
+                both = plan_route(lambda c, g: frames_of(a, b, c, {"code": c, "generator": g}, mode), scale, perceptual=eye)(POSITIONS)  # noqa: B023
+                w, own = both[0], dict(zip(("code", "generator"), both))
             moving = torch.zeros(len(w)) if options.get("code") is False else w
-            paths.append((frames_of(a, b, w, options, mode), blend_latents(a, b, moving, mode)))
+            paths.append((frames_of(a, b, w, own, mode), blend_latents(a, b, moving, mode)))
         found = measure_paths(paths, futurism=scale, perceptual=eye, reference=reference)
         return {**found, "median_share": torch.tensor(shares).median().item()} if shares else found
 
-    ways = {name: measure(name, *way, dialled=False) for name, way in WAYS.items()}
-    ways["norm, calibrated"] = measure("norm, calibrated", {}, "norm", dialled=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of pairs whose last car is no more futuristic than the first: they are counted
+        ways = {name: measure(name, *way) for name, way in WAYS.items()}
+        ways["norm, calibrated"] = measure("norm, calibrated", {}, "norm", "dial")
+        ways["norm, routed"] = measure("norm, routed", {}, "norm", "route")
     lengths = {}
     for mode in ("lerp", "slerp", "norm"):
         draws = [lambda w, a=a, b=b, mode=mode: frames_of(a, b, w, {}, mode) for a, b in zip(z_a[:100], z_b[:100])]
