@@ -8,13 +8,14 @@ import argparse
 import shutil
 from pathlib import Path
 
-from carproto.core import CarprotoError, load_json
+from carproto.core import CarprotoError, load_json, save_json
 from carproto.encode import grade_encoder
 from carproto.encoder import load_encoder, save_encoder
 from carproto.sngan import load_generator, save_generator
 from carproto.train import best_generator
 
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
+PLACES = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
 LIMIT_MB = 20
 
 
@@ -37,11 +38,15 @@ def release_encoder(run: Path, folder: Path, generators: list) -> None:
 
 
 def copy_record(run: Path, folder: Path) -> None:
-    """Copy what a figure or a table needs of a run."""
+    """Copy what a figure or a table needs of a run; of the places where data lay, only the names."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in RECORD:
         if (run / name).exists():
             shutil.copyfile(run / name, folder / name)
+    for name in ("data.json", "evaluation.json"):
+        if (folder / name).exists():
+            told = load_json(folder / name)
+            save_json({key: Path(value).name if key in PLACES and "/" in value else value for key, value in told.items()}, folder / name)
 
 
 def main(argv: list[str] | None = None) -> None:
