@@ -7,6 +7,7 @@ __all__ = ['Journey', 'read_journey', 'write_journey']
 
 # %% ../nbs/42_journey.ipynb #ccde7235
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class Journey:
     car_b: str = ""  # where the second car came from
     common: str = ""  # fingerprint of the common generator
     futuristic: str = ""  # fingerprint of the futuristic generator
+    shown: int | None = None  # number of the frame that was on view; None where all were
 
     def draw(
         self,
@@ -43,29 +45,50 @@ class Journey:
         for name, G in (("common", common), ("futuristic", futuristic)):
             if getattr(self, name) not in ("", G.fingerprint()):
                 raise CarprotoError(f"this recipe was made with another {name} generator ({getattr(self, name)}): give that one")
+        return self.draw_frames(common, futuristic, range(len(self.code)))
+
+    def draw_frames(
+        self,
+        common: Generator,  # draws today's cars
+        futuristic: Generator,  # its fine-tuned child
+        numbers: Sequence[int],  # of the frames, from 0
+    ) -> torch.Tensor:  # float (len(numbers), 3, size, size) in [-1, 1]
+        "Draw some of the frames, whichever generators these are; raise `CarprotoError` when they read other codes."
         a, b = torch.tensor(self.code_a), torch.tensor(self.code_b)
         if not len(a) == len(b) == common.z_dim:
             raise CarprotoError(f"this recipe has codes of {len(a)} and {len(b)} numbers, the generators read {common.z_dim}")
-        ways = {"code": self.code, "generator": self.generator, "levels": self.levels, "mode": self.mode}
-        return blend_frames(common, futuristic, a, b, self.code, extrapolate=True, **ways)
+        code, generator = ([values[i] for i in numbers] for values in (self.code, self.generator))
+        ways = {"code": code, "generator": generator, "levels": self.levels, "mode": self.mode}
+        return blend_frames(common, futuristic, a, b, code, extrapolate=True, **ways)
+
+# %% ../nbs/42_journey.ipynb #43763e34
+def _are_numbers(value: object) -> bool:
+    "Whether `value` is a list of one or more finite numbers."
+    return isinstance(value, list) and bool(value) and all(type(v) in (int, float) and abs(v) < 1e9 for v in value)
 
 
 def read_journey(
-    path: str | Path,  # a recipe.json
+    source: str | Path | bytes,  # a recipe.json, or its content
 ) -> Journey:  # checked as far as it can be without generators
     "Read a recipe; raise `CarprotoError` for one that is broken."
+    name = "the recipe" if isinstance(source, bytes) else source
     try:
-        told = json.loads(Path(path).read_text(encoding="utf-8"))
+        told = json.loads(source if isinstance(source, bytes) else Path(source).read_text(encoding="utf-8"))
     except OSError as error:
-        raise CarprotoError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CarprotoError(f"{path} is not JSON: give a recipe.json that carproto wrote") from error
-    names = {f.name for f in fields(Journey)}
-    if not isinstance(told, dict) or not {"code_a", "code_b", "code", "generator", "labels"} <= set(told) <= names:
-        raise CarprotoError(f"{path} is no recipe of a blend: it needs code_a, code_b, code, generator and labels")
-    counts = {len(told[name]) for name in ("code", "generator", "labels")}
-    if len(counts) != 1 or told.get("mode", "norm") not in MODES:
-        raise CarprotoError(f"{path} is broken: code, generator and labels are of one length, mode is one of {', '.join(MODES)}")
+        raise CarprotoError(f"{name} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CarprotoError(f"{name} is not JSON: give a recipe.json that carproto wrote") from error
+    names, lists = {f.name for f in fields(Journey)}, ("code_a", "code_b", "code", "generator", "labels")
+    if not isinstance(told, dict) or not set(lists) <= set(told) <= names:
+        raise CarprotoError(f"{name} is no recipe of a blend: it needs {', '.join(lists[:-1])} and labels")
+    if not all(_are_numbers(told[key]) for key in lists) or not (told.get("levels") is None or _are_numbers(told["levels"])):
+        raise CarprotoError(f"{name} is broken: codes, intensities and labels are lists of numbers")
+    n, shown = len(told["code"]), told.get("shown")
+    if {len(told["generator"]), len(told["labels"])} != {n} or told.get("mode", "norm") not in MODES:
+        raise CarprotoError(f"{name} is broken: code, generator and labels are of one length, mode is one of {', '.join(MODES)}")
+    words = [told.get(key, "") for key in ("car_a", "car_b", "common", "futuristic")]
+    if not all(isinstance(word, str) for word in words) or not (shown is None or type(shown) is int and 0 <= shown < n):
+        raise CarprotoError(f"{name} is broken: cars and fingerprints are words, shown is the number of a frame")
     return Journey(**told)
 
 # %% ../nbs/42_journey.ipynb #f98b1dd5
