@@ -6,7 +6,7 @@
 All runs have the same networks, batch size, generator steps and engine; what differs is in `RECIPES` and `CHANGES`. Each is measured as its
 recipe would draw: the 2022 recipe has no average and normalises by the batch, ours draws with the average and standing statistics. At the end
 the generator is measured without its average too, and at further half-lives of the average, which one run can carry side by side.
-data/records/recipe_NAME.jsonl gets a line for each run, recipe_NAME.json what all runs share.
+data/records/recipe_NAME.jsonl gets a line for each run, recipe_NAME.json what all runs share, unless --record names another.
 """
 import argparse
 import copy
@@ -128,6 +128,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--z_dim", type=int, default=128, help="numbers of a code")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--n_fake", type=int, default=1000, help="cars that are drawn to be measured")
+    parser.add_argument("--record", default="", help="name of the record; empty takes recipe_compare or recipe_search")
     parser.add_argument("--out", type=Path, default=Path("data/records"))
     return parser.parse_args(argv)
 
@@ -150,7 +151,7 @@ def run_study(arguments: argparse.Namespace) -> Study:
     shared = {name: value for name, value in asdict(config).items() if name not in varied or name == "batch"}
     choices = {"config": shared, "measured_at": places, "extractor": judge.extractor.name, "n_train": len(images), "n_heldout": len(heldout)}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments.out / f"recipe_{arguments.name}.jsonl", choices | {"n_fake": arguments.n_fake, "recipes": recipes})
+    study = Study(arguments.out / f"{arguments.record or 'recipe_' + arguments.name}.jsonl", choices | {"n_fake": arguments.n_fake, "recipes": recipes})
     if not study.is_begun:
         study.begin()
     runs = [{"seed": seed, "recipe": name} for seed in arguments.seeds for name in arguments.recipes or recipes]
