@@ -151,7 +151,8 @@ def run_study(arguments: argparse.Namespace) -> Study:
     shared = {name: value for name, value in asdict(config).items() if name not in varied or name == "batch"}
     choices = {"config": shared, "measured_at": places, "extractor": judge.extractor.name, "n_train": len(images), "n_heldout": len(heldout)}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments.out / f"{arguments.record or 'recipe_' + arguments.name}.jsonl", choices | {"n_fake": arguments.n_fake, "recipes": recipes})
+    path = arguments.out / f"{arguments.record or 'recipe_' + arguments.name}.jsonl"
+    study = Study(path, choices | {"n_fake": arguments.n_fake, "recipes": recipes})
     if not study.is_begun:
         study.begin()
     runs = [{"seed": seed, "recipe": name} for seed in arguments.seeds for name in arguments.recipes or recipes]
