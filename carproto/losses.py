@@ -73,7 +73,7 @@ def discriminator_maps(
 
     def maps(images: torch.Tensor) -> list[torch.Tensor]:
         h, found = images.contiguous(memory_format=torch.channels_last), []
-        for block in D.blocks[:-1]:
+        for block in D.to(images.device).blocks[:-1]:
             h = block(h)
             found.append(F.relu(h))
         return found
