@@ -208,7 +208,7 @@ def open_run(
     if processes.is_main and not exists:
         save_json({**about, **data}, run.path / "data.json")
         run.create(config)
-    elif processes.is_main and changes:
+    elif processes.is_main:  # further steps are no change, but a record of them is wanted
         save_json(config, run.path / "config.json")
     processes.wait()
     return changes
