@@ -457,6 +457,8 @@ def carproto_curate(
     print(f"{sum(row['keep'] for row in verdicts)} of {len(verdicts)} pictures stay")
     for reason, count in count_reasons(verdicts).most_common():
         print(f"{count:6} {reason}")
-    if sheet:
+    if sheet and count_reasons(verdicts):
         save_picture(contact_sheet(folder, verdicts), sheet)
+    elif sheet:
+        print("nothing was rejected, so there is no sheet")
     print(f"the verdicts are in {folder}/metadata.jsonl, their summary in {write_data_card(folder)}; undo_curation takes them back")
