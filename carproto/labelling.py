@@ -110,7 +110,7 @@ class LabelPanel(_LabelControls):
     ):
         self.path, self.store = Path(path), PictureStore(path)
         self.learn_from, self.learn_every = learn_from, learn_every
-        self.labels, self.done, self.chances = read_labels(path), [], None
+        self.labels, self.done, self.chances, self.typed = read_labels(path), [], None, ""
         names = self.store.names
         self.names = [names[i] for k in range(29) for i in range(k, len(names), 29)]
         self.features = None
@@ -173,13 +173,19 @@ def take_back(self: LabelPanel) -> None:
 
 @patch
 def _type(self: LabelPanel, text: str) -> None:
-    "Act on each key that was typed, and empty the field."
-    self.key.value = ""
-    for key in text:
-        if key == "0":
-            self.take_back()
-        elif key in KEYS:
-            self.label(KEYS[key])
+    "Act on each new key in the field, and empty it; a key pressed before the field was empty comes behind those that were taken."
+    if not text:
+        return
+    keys = text.removeprefix(self.typed) or text
+    self.typed = text
+    try:
+        for key in keys:
+            if key == "0":
+                self.take_back()
+            elif key in KEYS:
+                self.label(KEYS[key])
+    finally:
+        self.key.value = ""
 
 
 @patch
