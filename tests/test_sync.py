@@ -76,12 +76,3 @@ def test_broken_notebook_keeps_the_modules(tree):
     with pytest.raises(AssertionError):
         run_python(tree, "tools/sync.py")
     assert (tree / "carproto/core.py").read_bytes() == core
-
-
-def test_docs_can_be_processed(tree):
-    """Do what `nbdev_docs` does before it calls Quarto: cells that it runs for the reference pages work on their own."""
-    run_python(tree, "-c", "if __name__ == '__main__': from nbdev.serve import proc_nbs; proc_nbs('nbs', n_workers=2, force=True)")
-    made = {path.relative_to(tree / "_proc").as_posix() for path in (tree / "_proc").rglob("*.ipynb")}
-    assert made == {path.relative_to(tree / "nbs").as_posix() for path in (tree / "nbs").rglob("*.ipynb")}
-    core = (tree / "_proc" / find_notebook(tree, "core").name).read_text(encoding="utf-8")
-    assert "check_size" in core and "#| export" not in core

@@ -8,10 +8,23 @@ import os
 import sys
 from pathlib import Path
 
+import yaml
 from nbdev.clean import nbdev_clean
 from nbdev.doclinks import nbdev_export
-from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+from nbdev.quarto import IndentDumper, refresh_quarto_yml
 from readme import ROOT, write_readme
+
+SECTIONS = {  # title in the docs' sidebar: numbers of its notebooks; the first section that fits is taken
+    "The ground": range(0, 3),
+    "Drawing toy cars": (3, 4, 5, 13),
+    "Collecting photos": range(6, 12),
+    "Looking at photos": range(12, 20),
+    "Networks": range(20, 30),
+    "Training": range(30, 38),
+    "Cars as codes": range(38, 40),
+    "Blending": range(40, 50),
+    "Playing": range(50, 100),
+}
 
 
 def is_generated(module: Path) -> bool:
@@ -32,6 +45,17 @@ def export_all() -> None:
         raise
 
 
+def write_sidebar() -> None:
+    """List all pages in sections: the tutorials first, then the notebooks along the way of a car."""
+    nbs = Path("nbs")
+    contents = {"Tutorials": [f"tutorials/{path.name}" for path in sorted(nbs.glob("tutorials/*.ipynb"))], **{title: [] for title in SECTIONS}}
+    for path in sorted(nbs.glob("[0-9][0-9]*.ipynb")):
+        contents[next(title for title, numbers in SECTIONS.items() if int(path.name[:2]) in numbers)].append(path.name)
+    sections = [{"section": title, "contents": names} for title, names in contents.items() if names]
+    sidebar = {"website": {"sidebar": {"contents": ["index.ipynb", *sections]}}}
+    (nbs / "sidebar.yml").write_text(yaml.dump(sidebar, Dumper=IndentDumper, sort_keys=False), encoding="utf-8")
+
+
 def main() -> None:
     """Do all of it, in the root of the repository."""
     os.chdir(ROOT)
@@ -39,7 +63,7 @@ def main() -> None:
     export_all()
     nbdev_clean.__wrapped__()
     refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__()
+    write_sidebar()
     write_readme()
 
 
