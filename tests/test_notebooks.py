@@ -8,6 +8,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+COLAB = "https://colab.research.google.com"
+SETUP = """#| eval: false
+import sys
+
+if "google.colab" in sys.modules:
+    %cd /content
+    !git clone --depth 1 https://github.com/carproto/carproto
+    %cd carproto/nbs/tutorials
+    %pip install -q -e ../..{extras}
+    sys.path.insert(0, "/content/carproto")  # a running kernel does not see what was just installed in this way"""
 MACHINE_PATH = re.compile(r"/(?:home|root|Users|work)/\w")
 
 
@@ -61,3 +71,13 @@ def test_notebook_imports_only_lower_numbers(path):
                     assert imported in numbers, f"carproto.{imported} has no notebook"
                     higher |= {imported} if numbers[imported] >= numbers[module] else set()
     assert not higher, f"imports from later notebooks: {higher}"
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if path.parent.name == "tutorials"], ids=name_of)
+def test_tutorial_opens_and_installs_in_colab(path):
+    """The badge has a cell of its own, since nbdev drops it from the title's; one setup cell serves all tutorials."""
+    cells = nbformat.read(path, as_version=4).cells
+    badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/carproto/carproto/blob/main/nbs/tutorials/{path.name})"
+    assert cells[1].source == badge and cells[1].cell_type == "markdown"
+    setup, = (cell.source for cell in cells if "git clone" in cell.source)
+    assert setup == SETUP.format(extras=(re.findall(r"\[\w+\]", setup) or [""])[0])

@@ -1,0 +1,44 @@
+"""Measure what averaging the generator's weights is worth at the end of a run: held-out KID and more, with the average and without.
+
+    python tools/measure_average.py --run runs/common --heldout HELDOUT.zip --backbone MOBILENET.safetensors      # writes data/records/average.json
+"""
+import argparse
+from pathlib import Path
+
+from study_freezed import describe_command
+
+from carproto.checkpoint import load_checkpoint
+from carproto.core import CarprotoError, describe_environment, save_json
+from carproto.dataset import CarImages
+from carproto.metrics import Evaluator
+from carproto.readers import feature_extractor
+from carproto.sngan import Generator, measure_statistics
+
+PARTS = {"averaged": "ema", "raw": "G"}
+
+
+def main() -> None:
+    """Measure and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--heldout", required=True, help="zip or folder of photos never trained on")
+    parser.add_argument("--backbone", required=True, help="MobileNetV2 file")
+    parser.add_argument("--n_fake", type=int, default=1000, help="cars to draw")
+    parser.add_argument("--out", type=Path, default=Path("data/records"))
+    told = parser.parse_args()
+    state = load_checkpoint(told.run / "checkpoints")
+    if state is None:
+        raise CarprotoError(f"{told.run} holds no trained run: give a folder with checkpoints in it")
+    config = state["config"]
+    judge = Evaluator(CarImages(told.heldout, config["size"]).images, feature_extractor(told.backbone, size=96), n_fake=told.n_fake)
+    record = {"command": describe_command(), "config": config, "step": state["step"], "machine": describe_environment()}
+    for name, part in PARTS.items():
+        G = Generator(config["size"], config["z_dim"], config["width"])
+        G.load_state_dict(state[part])
+        record[name] = judge.evaluate(measure_statistics(G))
+        print(f"{name}: KID {record[name]['kid']:.3f}, coverage {record[name]['coverage']:.1%}")
+    save_json(record, told.out / "average.json")
+
+
+if __name__ == "__main__":
+    main()
