@@ -33,8 +33,8 @@ def quantiles(values: torch.Tensor) -> list[float]:
     return torch.quantile(values, torch.linspace(0, 1, 51)).tolist()
 
 
-def measure(name: str, train: torch.Tensor, heldout: torch.Tensor, n: int, seed: int) -> dict:
-    """Measure one generator."""
+def measure(name: str, train: torch.Tensor, heldout: torch.Tensor, n: int, seed: int, others: torch.Tensor | None = None) -> dict:
+    """Measure one generator; and `others`, photos of another source that are nobody's copies."""
     G = load_generator(name, "cpu")
     small_train, small_heldout, drawn = thumbnails(train), thumbnails(heldout), thumbnails(generate_images(G, n, seed=seed))
     usual, leaning = usual_leaning(small_train, small_heldout), lean_to_train(drawn, small_train, small_heldout)
@@ -47,6 +47,7 @@ def measure(name: str, train: torch.Tensor, heldout: torch.Tensor, n: int, seed:
         "copy_rate": copy_rate(drawn, small_train, small_heldout), "limit": limit.item(), "real": quantiles(usual), "drawn": quantiles(leaning),
         "worst": worst, "distance_drawn": quantiles(nearest),
         "distance_heldout": quantiles(torch.cdist(small_heldout, small_train).min(1).values), "spoilt_copies_found": found,
+        "others_called_copies": None if others is None else copy_rate(thumbnails(others), small_train, small_heldout),
     }  # fmt: skip
 
 
@@ -68,7 +69,8 @@ def main() -> None:
         if None in (*paths["common"], *paths["futuristic"]):
             parser.error("photos need --data, --heldout, --concepts and --concepts_heldout")
         sets = {part: [open_cars(path, 64, split=None).images for path in both] for part, both in paths.items()}
-    found = {part: measure(f"{RELEASES[told.name]}/{part}", *both, told.n, told.seed) for part, both in sets.items()}
+    others = {"futuristic": sets["common"][1]}
+    found = {part: measure(f"{RELEASES[told.name]}/{part}", *both, told.n, told.seed, others.get(part)) for part, both in sets.items()}
     record = {"command": describe_command(), "seed": told.seed, "machine": describe_environment(), **found}
     path = save_json(record, told.out / f"copies_{told.name}.json")
     for part, numbers in found.items():

@@ -13,6 +13,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -198,16 +199,21 @@ def run_study(arguments: argparse.Namespace) -> Study:
     return study
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the study; tell a mistake in one line."""
-    arguments = read_arguments(argv)
+def run_or_tell(run: Callable[[argparse.Namespace], Study], arguments: argparse.Namespace, unit: str) -> None:
+    """Run a study; tell a mistake in one line."""
+    name = Path(sys.modules[run.__module__].__file__).stem
     try:
-        study = run_study(arguments)
+        study = run(arguments)
     except CarprotoError as error:
-        sys.exit(f"study_freezed: {error}")
+        sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        sys.exit("study_freezed: stopped; the cells that were done are in the record, and the same command goes on")
-    print(f"{len(study.rows)} cells in {study.path}")
+        sys.exit(f"{name}: stopped; the {unit} that were done are in the record, and the same command goes on")
+    print(f"{len(study.rows)} {unit} in {study.path}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Study FreezeD."""
+    run_or_tell(run_study, read_arguments(argv), "cells")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,12 @@ same, so that the claim is tested. Both start from the same weights and see the 
 to seed, so that a busy machine slows both. data/records/parity.jsonl gets a line for each run, parity.json what all runs share.
 """
 import argparse
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from study_freezed import Study
+from study_freezed import Study, run_or_tell
 from tqdm import tqdm
 
 from carproto.blocks import ConvPool
@@ -108,15 +107,8 @@ def run_study(arguments: argparse.Namespace) -> Study:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the study; tell a mistake in one line."""
-    arguments = read_arguments(argv)
-    try:
-        study = run_study(arguments)
-    except CarprotoError as error:
-        sys.exit(f"study_parity: {error}")
-    except KeyboardInterrupt:
-        sys.exit("study_parity: stopped; the runs that were done are in the record, and the same command goes on")
-    print(f"{len(study.rows)} runs in {study.path}")
+    """Compare forms."""
+    run_or_tell(run_study, read_arguments(argv), "runs")
 
 
 if __name__ == "__main__":

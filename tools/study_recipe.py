@@ -11,13 +11,12 @@ data/records/recipe_NAME.jsonl gets a line for each run, recipe_NAME.json what a
 import argparse
 import copy
 import itertools
-import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from study_freezed import Study
+from study_freezed import Study, run_or_tell
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -171,15 +170,8 @@ def run_study(arguments: argparse.Namespace) -> Study:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the study; tell a mistake in one line."""
-    arguments = read_arguments(argv)
-    try:
-        study = run_study(arguments)
-    except CarprotoError as error:
-        sys.exit(f"study_recipe: {error}")
-    except KeyboardInterrupt:
-        sys.exit("study_recipe: stopped; the runs that were done are in the record, and the same command goes on")
-    print(f"{len(study.rows)} runs in {study.path}")
+    """Compare recipes."""
+    run_or_tell(run_study, read_arguments(argv), "runs")
 
 
 if __name__ == "__main__":
