@@ -6,29 +6,21 @@ Screenshots go to artifacts/screenshots.
 import io
 import json
 import os
-import shutil
-import socket
 import statistics
-import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
-import nbformat
 import pytest
 from PIL import Image
 
 from carproto.core import to_picture
 from carproto.toycars import ToyCars
 
-ROOT = Path(__file__).parent.parent
-SHOTS = ROOT / "artifacts" / "screenshots"
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+sys.path.insert(0, str(Path(__file__).parent))
+from jupyter import SHOTS, browser, serve_lab, write_notebook  # noqa: E402, F401
+
 MAX_LATENCY = float(os.environ.get("CARPROTO_MAX_LATENCY_MS", "5000"))  # 80 on two quiet cores; a busy machine says nothing about the panel
 MAX_PATH = float(os.environ.get("CARPROTO_MAX_PATH_MS", "8000"))  # to the first frame of a new path: 300 on two quiet cores
-FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update
---disable-sync --disable-dev-shm-usage""".split()
 SETUP = """
 import torch
 from carproto.core import draw_latents
@@ -61,33 +53,12 @@ studio
 
 
 @pytest.fixture(scope="module")
-def browser():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        sync_playwright = None
-    if BROWSER is None or sync_playwright is None:
-        missing = "Chromium (apt-get install chromium)" if BROWSER is None else "playwright (pip install playwright)"
-        if os.environ.get("CI"):
-            pytest.fail(f"CI must test in a browser, but {missing} is missing")
-        pytest.skip(f"no browser tests here: {missing} is missing")
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with a notebook that shows a studio, and the same studio made here, to compare with."""
     folder = tmp_path_factory.mktemp("studio")
     setup = SETUP.format(folder=str(folder))
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(setup.strip()), nbformat.v4.new_code_cell("studio = make()\nstudio")])
-    book.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
-    nbformat.write(book, folder / "studio.ipynb")
-    book.cells = [nbformat.v4.new_code_cell(RELEASED.format(folder=str(folder)).strip())]
-    nbformat.write(book, folder / "released.ipynb")
+    write_notebook(folder / "studio.ipynb", setup, "studio = make()\nstudio")
+    write_notebook(folder / "released.ipynb", RELEASED.format(folder=str(folder)))
     names = {}
     exec(setup, names)
     return folder, names["make"]().finish()
@@ -96,34 +67,11 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module")
 def lab(work, tmp_path_factory):
     """JupyterLab on a free port of this machine, with settings of its own."""
-    folder, home = work[0], tmp_path_factory.mktemp("jupyter")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    places = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    options = f"""--no-browser --allow-root --ServerApp.ip=127.0.0.1 --ServerApp.port={port} --ServerApp.port_retries=0
-        --IdentityProvider.token= --ServerApp.password= --ServerApp.root_dir={folder} --LabApp.expose_app_in_browser=True
-        --LabApp.extension_manager=readonly""".split()
-    settings = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    environment = {**os.environ, **places, "PYTHONPATH": str(ROOT), "HOME": str(home)}
-    log = open(home / "lab.log", "w")
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(f"{url}/api/status", timeout=2).close()
-            break
-        except OSError:
-            assert server.poll() is None, (home / "lab.log").read_text()[-2000:]
-            time.sleep(0.5)
-    yield url
-    server.terminate()
-    server.wait(20)
+    with serve_lab(work[0], tmp_path_factory.mktemp("jupyter")) as url:
+        yield url
 
 
-def open_notebook(browser, url: str):
+def open_notebook(browser, url: str):  # noqa: F811
     """Open a notebook, run it, and wait until its panel is at rest."""
     page = browser.new_page(viewport={"width": 1400, "height": 1100})
     page.set_default_timeout(120_000)
@@ -152,13 +100,13 @@ def wait_for_rest(page) -> None:
 
 
 @pytest.fixture(scope="module")
-def page(browser, lab):
+def page(browser, lab):  # noqa: F811
     """The notebook, opened and run."""
     return open_notebook(browser, f"{lab}/lab/tree/studio.ipynb?reset")
 
 
 @pytest.fixture(scope="module")
-def released(browser, lab, page):
+def released(browser, lab, page):  # noqa: F811
     """A studio on the released pair, in a notebook of its own."""
     return open_notebook(browser, f"{lab}/lab/tree/released.ipynb?reset")
 
@@ -397,7 +345,7 @@ def test_switch_of_the_pair(released):
     assert not released.complaints
 
 
-def test_page_from_disk(browser, work):
+def test_page_from_disk(browser, work):  # noqa: F811
     folder, twin = work
     path = twin.write(folder / "slide.html")
     for width, scheme in ((1400, "light"), (900, "dark")):
