@@ -117,7 +117,7 @@ def blend_state(
         if share in (0, 1) or not a.is_floating_point():
             blended[name] = b if share == 1 else a
         else:
-            blended[name] = (1 - share) * a + share * b
+            blended[name] = torch.lerp(a, b, share)
     return blended
 
 
@@ -127,11 +127,14 @@ def blend_generators(
     w: float | Sequence[float],  # intensity, or one for each resolution: 4, 8, ... size
 ) -> Generator:  # in eval mode, gradients off
     "Make the generator that lies between two."
-    G = Generator(common.size, common.z_dim, common.width)
+    G = copy.deepcopy(common)
     G.load_state_dict(blend_state(common, futuristic, w))
-    return G.eval().requires_grad_(False).to(next(common.parameters()).device)
+    return G.eval().requires_grad_(False)
 
 # %% ../nbs/40_blend.ipynb #f5b8d48b
+_N_STRUCTURE = 2  # resolutions that make the structure: 4 and 8 px
+
+
 @torch.no_grad()
 def blend_frames(
     common: Generator,  # draws today's cars
@@ -141,7 +144,7 @@ def blend_frames(
     intensities: Sequence[float] | torch.Tensor,  # n numbers in [0, 1]
     *,
     code: bool | Sequence[float] = True,  # whether the code moves; n numbers are its own intensities
-    generator: bool | Sequence[float] = True,  # whether the generator moves; n numbers are its own intensities
+    generator: bool | Sequence[float] | torch.Tensor = True,  # whether the generator moves; n numbers, or n pairs, are its own intensities
     levels: Sequence[float] | None = None,  # share of the generator's intensity for each resolution: 4, 8, ... size; None means 1
     mode: str = "norm",  # the path between the codes, one of `MODES`
     extrapolate: bool = False,  # allow intensities outside [0, 1]
@@ -151,15 +154,19 @@ def blend_frames(
     w_code, w_generator = (
         both * float(w) if isinstance(w, bool) else check_intensities(w, extrapolate=extrapolate) for w in (code, generator)
     )
-    if not len(both) == len(w_code) == len(w_generator):
-        counts = f"{len(both)} intensities, {len(w_code)} of the code, {len(w_generator)} of the generator"
-        raise CarprotoError(f"{counts}: give as many of each")
+    columns = (*torch.as_tensor(generator).shape, 1, 1)[1]
+    w_generator = w_generator.reshape(-1, columns)
+    if not len(both) == len(w_code) == len(w_generator) or columns > 2:
+        counts = f"{len(both)} intensities, {len(w_code)} of the code, {len(w_generator)} times {columns} of the generator"
+        raise CarprotoError(f"{counts}: give as many of each, the generator's as numbers or pairs")
     shares = check_intensities([1.0] * (len(common.blocks) + 1) if levels is None else levels, extrapolate=extrapolate).tolist()
     device = next(common.parameters()).device
     codes = blend_latents(*(z.to(device).reshape(1, -1).expand(len(both), -1) for z in (z_a, z_b)), w_code.to(device), mode)
-    own = copy.deepcopy(common)  # functional_call swaps weights in place, and a panel may draw from two threads
+    # functional_call swaps weights in place, and a panel may draw from two threads: a copy of the layers that shares the tensors
+    own = copy.deepcopy(common, {id(tensor): tensor for tensor in (*common.parameters(), *common.buffers())})
     frames = torch.empty(len(both), 3, common.size, common.size, device=device)
-    for w in w_generator.unique().tolist():
-        chosen = (w_generator == w).to(device)
-        frames[chosen] = functional_call(own, blend_state(common, futuristic, [w * share for share in shares]), (codes[chosen],))
+    for row in w_generator.unique(dim=0):
+        chosen, w = (w_generator == row).all(1).to(device), [row[0 if level < _N_STRUCTURE else -1].item() for level in range(len(shares))]
+        state = blend_state(common, futuristic, [own_w * share for own_w, share in zip(w, shares)])
+        frames[chosen] = functional_call(own, state, (codes[chosen],))
     return frames

@@ -28,7 +28,7 @@ class InvertConfig:
     prior_weight: float = 0.02  # of the squared relative error of the code's norm
     norm_slack: float | None = None  # how far the norm may lie from sqrt(z_dim), as a share; None anywhere
     restarts: int = 1  # starts for each picture, of which the best is kept; the first is the encoder's
-    use_gains: bool = False  # also refine one factor for each block of the generator
+    use_gains: bool = False  # also refine a factor for each channel of each block of the generator
     patience: int = 0  # stop when no picture of a batch improved by 0.1 % for so many steps; 0 never
     batch: int = 32  # pictures refined together
     precision: str = "auto"  # "bf16", "fp32", or "auto": what the hardware computes fastest
@@ -50,7 +50,7 @@ class Inversion:
     distance: torch.Tensor  # (N,), perceptual distance of `images` to the target; mean squared error where there are no features
     distance_start: torch.Tensor  # (N,), of `images_start`
     rms: torch.Tensor  # (N,), root mean square error of `images`, in units of [-1, 1]
-    gains: torch.Tensor  # (N, n_blocks), 1 where none were refined
+    gains: torch.Tensor  # (N, n_gains), 1 where none were refined
     seconds: torch.Tensor  # (N,), time spent for each picture
 
 # %% ../nbs/39_invert.ipynb #f9fd8658
@@ -121,7 +121,7 @@ class _Refiner:
     def run(self, bar) -> Inversion:
         "Refine, and keep the best code of each picture."
         config, n = self.config, len(self.starts)
-        z, gains = self.starts.clone().requires_grad_(), torch.ones(n, len(self.G.blocks), device=self.x.device, requires_grad=config.use_gains)
+        z, gains = self.starts.clone().requires_grad_(), torch.ones(n, self.G.n_gains, device=self.x.device, requires_grad=config.use_gains)
         optimizer = torch.optim.Adam([{"params": [z]}, *([{"params": [gains], "lr_share": 0.1}] if config.use_gains else [])], betas=(0.9, 0.99))
         with torch.no_grad():
             best = self.measure(self.draw(z, gains))[2]

@@ -26,7 +26,7 @@ class Journey:
     code_a: list[float]  # the code of the car at intensity 0
     code_b: list[float]  # the code of the car at intensity 1
     code: list[float]  # intensity of the code, for each frame
-    generator: list[float]  # intensity of the generator, for each frame
+    generator: list[float] | list[list[float]]  # intensity of the generator, or of its structure and skin, for each frame
     labels: list[float]  # what the slider showed at each frame
     levels: list[float] | None = None  # share of each resolution in the generator's intensity; None means all
     mode: str = "norm"  # the path between the codes
@@ -61,6 +61,13 @@ class Journey:
         ways = {"code": code, "generator": generator, "levels": self.levels, "mode": self.mode}
         return blend_frames(common, futuristic, a, b, code, extrapolate=True, **ways)
 
+    def generator_at(
+        self,
+        number: int,  # of a frame, from 0
+    ) -> float:  # intensity; of structure and skin, the mean
+        "Tell how far the generator has come at a frame."
+        return torch.tensor(self.generator[number]).mean().item()
+
 # %% ../nbs/42_journey.ipynb #43763e34
 def _are_numbers(value: object) -> bool:
     "Whether `value` is a list of one or more finite numbers."
@@ -81,7 +88,9 @@ def read_journey(
     names, lists = {f.name for f in fields(Journey)}, ("code_a", "code_b", "code", "generator", "labels")
     if not isinstance(told, dict) or not set(lists) <= set(told) <= names:
         raise CarprotoError(f"{name} is no recipe of a blend: it needs {', '.join(lists[:-1])} and labels")
-    if not all(_are_numbers(told[key]) for key in lists) or not (told.get("levels") is None or _are_numbers(told["levels"])):
+    are_pairs = isinstance(told["generator"], list) and all(_are_numbers(pair) and len(pair) == 2 for pair in told["generator"])
+    plain = [told[key] for key in lists if not (key == "generator" and are_pairs)]
+    if not all(map(_are_numbers, plain)) or not (told.get("levels") is None or _are_numbers(told["levels"])):
         raise CarprotoError(f"{name} is broken: codes, intensities and labels are lists of numbers")
     n, shown = len(told["code"]), told.get("shown")
     if {len(told["generator"]), len(told["labels"])} != {n} or told.get("mode", "norm") not in MODES:
