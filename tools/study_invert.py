@@ -8,6 +8,7 @@ given, it judges too, without having been asked before.
 """
 import argparse
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -81,7 +82,8 @@ def main() -> None:
     if arguments.squeezenet:
         eyes["squeezenet"] = PerceptualDistance(squeezenet_maps(arguments.squeezenet))
     eye, choices = eyes["discriminator"], InvertConfig(steps=arguments.steps, batch=16)
-    refined, chance = invert(x, G, E, perceptual=eye, config=choices), invert(x, G, perceptual=eye, config=choices)
+    refined, chance = (invert(x, G, start, perceptual=eye, config=choices) for start in (E, None))
+    gained, gained_chance = (invert(x, G, start, perceptual=eye, config=replace(choices, use_gains=True)) for start in (E, None))
     zeros = invert(x, G, perceptual=eye, z_start=torch.zeros(len(x), G.z_dim), config=InvertConfig(steps=0))
     again = invert(own, G, E, perceptual=eye, config=choices)
     quality = psnr(again.images, own)
@@ -89,11 +91,13 @@ def main() -> None:
         "command": f"python tools/study_invert.py {arguments.name} --steps {arguments.steps} --n {arguments.n} --threads {arguments.threads}",
         "machine": describe_environment(),
         "generator": {**G.config(), "fingerprint": G.fingerprint()},
-        "invert": {"steps": arguments.steps, "batch": choices.batch, "lr": choices.lr, "n": len(x), "seed": 0},
+        "invert": {"steps": arguments.steps, "batch": choices.batch, "lr": choices.lr, "n": len(x), "seed": 0, "n_gains": G.n_gains},
         "encoder": grade_all(arguments.encoders, generators),
         "heldout": {
             "refined from the encoder": judge(refined, x, eyes),
             "refined from chance": judge(chance, x, eyes),
+            "refined with gains from the encoder": judge(gained, x, eyes),
+            "refined with gains from chance": judge(gained_chance, x, eyes),
             "always zero, as the seed system": judge(zeros, x, eyes),
         },
         "own": {**judge(again, own, eyes), "share_30_db": (quality >= 30).float().mean().item(), "psnr_median": quality.median().item()},
