@@ -29,11 +29,13 @@ from carproto.sngan import Generator, measure_statistics
 from carproto.trainer import TrainConfig, Trainer
 
 ALL = "color,translation,cutout"
-OURS = {"lr_g": 5e-4, "lr_d": 1e-3, "d_steps": 1, "augment": "translation", "lecam_weight": 0.3, "ema_images": 10_000}
-OLD = {"lr_g": 5e-4, "lr_d": 2e-4, "d_steps": 2, "augment": ALL, "lecam_weight": 0.3}
+OURS = {"lr_g": 5e-4, "lr_d": 1e-3, "d_steps": 2, "beta2": 0.99, "augment": "translation", "lecam_weight": 0.3, "ema_images": 10_000}
+OLD = {"lr_g": 5e-4, "lr_d": 2e-4, "d_steps": 2, "beta2": 0.9, "augment": ALL, "lecam_weight": 0.3}
+SEARCHED = OURS | {"d_steps": 1, "beta2": 0.9}
 RECIPES = {
     "2022": OLD | {"flips": True, "by_batch": True},
     "carproto": OURS,
+    "one D step": OURS | {"d_steps": 1},
     "without DiffAugment": OURS | {"augment": ""},
     "without LeCam": OURS | {"lecam_weight": 0.0},
     "with flips": OURS | {"flips": True},
@@ -43,11 +45,15 @@ CHANGES = {
     "lr halved": {"lr_g": 2.5e-4, "lr_d": 5e-4},
     "lr doubled": {"lr_g": 1e-3, "lr_d": 2e-3},
     "equal lr": {"lr_d": 5e-4},
+    "beta2 0.99": {"beta2": 0.99},
     "two D steps": {"d_steps": 2},
+    "two D steps, equal lr": {"d_steps": 2, "lr_d": 5e-4},
+    "two D steps, lr halved": {"d_steps": 2, "lr_g": 2.5e-4, "lr_d": 5e-4},
+    "two D steps, beta2 0.99": {"d_steps": 2, "beta2": 0.99},
     "LeCam 1": {"lecam_weight": 1.0},
     "batch halved": {"batch": 0.5},
 }
-SEARCH = {name: OURS | change for name, change in CHANGES.items()}
+SEARCH = {name: SEARCHED | change for name, change in CHANGES.items()}
 HALF_LIVES = (1_000, 3_000, 30_000)  # of further averages, images; each run is measured at its own as well
 MEASURED = ("kid", "kid_sd", "kid_train", "frechet", "precision", "recall", "coverage", "copy_rate")
 
