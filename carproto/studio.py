@@ -25,6 +25,7 @@ from fastcore.basics import patch
 from PIL import Image
 from traitlets import CFloat
 
+from .album import CarAlbum
 from .core import CarprotoError, atomic_path, draw_latents, fit_square, open_picture, save_json, to_tensor
 from .dial import calibrate
 from .encoder import LatentEncoder
@@ -75,6 +76,7 @@ class StudioPanel(widgets.VBox):
         self.curves = widgets.HTML(layout=widgets.Layout(width="100%", margin="4px 0 0 0", min_height="116px"))
         self.sheet = widgets.Image(format="jpeg", layout=widgets.Layout(width="100%", margin="8px 0 0 0"))
         self.sheet_names = widgets.HTML(layout=widgets.Layout(width="100%", margin="0 0 4px 0"))
+        self.album = CarAlbum()
         self.bar = widgets.IntProgress(description="Drawing", max=100, **_wide())
         self.message = widgets.HTML(layout=widgets.Layout(width="auto", margin="2px 0 0 8px"))
         self.file_name = widgets.Text(value="blend", description="Save as", style=_LABEL, layout=widgets.Layout(width="270px"))
@@ -104,7 +106,7 @@ def _rows(self: StudioPanel) -> list[widgets.Widget]:
     controls = [self.pair_list, *ways, cars, new, own, self.bar, self.message]
     top = widgets.HBox([self.picture, widgets.VBox(controls, layout=column)], layout=widgets.Layout(flex_flow="row wrap"))
     saving = widgets.HBox([self.file_name, *self.save.values()], layout=row)
-    return [top, widgets.VBox([self.strip, self.curves, self.sheet, self.sheet_names]), saving]
+    return [top, widgets.VBox([self.strip, self.curves, self.sheet, self.sheet_names, self.album]), saving]
 
 # %% ../nbs/50_studio.ipynb #ba7b7a05
 class IntensityStudio(StudioPanel):
@@ -129,6 +131,7 @@ class IntensityStudio(StudioPanel):
         refinement: InvertConfig | None = None,  # how an uploaded picture's code is refined; None takes 100 steps
         n_frames: int = 41,  # frames on the path
         folder: str | Path = ".",  # where the buttons save
+        photos: str | Path = "",  # a folder or zip whose pictures can be chosen too; the panel can open others
     ):
         if n_frames < 3:
             raise CarprotoError(f"{n_frames} frames are no path: take 3 or more")
@@ -140,6 +143,7 @@ class IntensityStudio(StudioPanel):
         self.pair_list.layout.display = "none"
         self._connect()
         self._guarded(self._take, pair)
+        self._guarded(self.album.offer, photos, keep=True)
 
     def __repr__(self) -> str:
         return f"IntensityStudio({self.car_a.label} to {self.car_b.label}, intensity {self.intensity.value:.3f})"
@@ -158,6 +162,7 @@ def _connect(self: IntensityStudio) -> None:
         control.observe(lambda change, use=use: self._guarded(self._uploaded, change["new"], use, change["owner"]), "value")
     for kind, button in self.save.items():
         button.on_click(lambda button, kind=kind: self._guarded(self._save_as, kind))
+    self.album.guard, self.album.pick = self._guarded, lambda content, name, day: self.add_picture(content, name, day=day)
 
 
 @patch
@@ -269,7 +274,7 @@ def _set_free(self: IntensityStudio) -> None:
     "Let the generator follow, or leave it where it is and give it a slider."
     if not self.follow.value:
         with self._quietly():
-            self.generator.value = self.journey.generator[self.place()]
+            self.generator.value = min(max(self.journey.generator_at(self.place()), 0.0), 1.0)
     self._new_path()
 
 # %% ../nbs/50_studio.ipynb #5a516b7e
@@ -471,8 +476,9 @@ def to_html(
     "Write a self-contained page with the slider and the curves of this path; it needs no Python."
     self.finish()
     names, journey = (self.car_a.label, self.car_b.label), self.journey
-    stays = f"The generator stays at {journey.generator[0]:.2f}, the code moves."
-    way = stays if len(set(journey.generator)) == 1 else "Code and generator move together." if journey.generator == journey.code else ""
+    stays = f"The generator stays at {journey.generator_at(0):.2f}, the code moves."
+    is_still = all(w == journey.generator[0] for w in journey.generator)
+    way = stays if is_still else "Code and generator move together." if journey.generator == journey.code else ""
     even = " The steps are equal steps of futurism, as far as the picture does not jump." if journey.code != journey.labels else ""
     slider = Slider(self.path.fetch(), journey.labels, self.measured, f"{names[0]} to {names[1]}", names, self.place())
     return write_report(path, title, [Section("Slide", f"{way} Way between the codes: {WAYS[journey.mode]}.{even}".strip(), [slider])])
@@ -509,7 +515,7 @@ def load(
             names = [Path(name).stem or f"car of {day}" for name, day in ((journey.car_a, "today"), (journey.car_b, "tomorrow"))]
             self._list_cars(pair.add(names[0], journey.code_a), pair.add(names[1], journey.code_b))
             self.mode.value, self.follow.value = journey.mode, journey.generator == journey.code
-            self.generator.value = min(max(journey.generator[0], 0.0), 1.0)
+            self.generator.value = min(max(journey.generator_at(0), 0.0), 1.0)
             self.equal.value = journey.code != journey.labels and pair.futurism is not None
             self.journey = journey
             self._fit_slider()
@@ -533,14 +539,17 @@ def add_car(
     self: IntensityStudio,
     name: str,  # what to call it
     code: torch.Tensor | Sequence[float],  # (z_dim,)
+    *,
+    day: str = "today",  # whose car it becomes: "today" or "tomorrow"
 ) -> None:
-    "Put a car into the lists and show it as the car of today."
+    "Put a car into the lists and choose it."
     code, z_dim = [float(value) for value in code], self.pair.common.z_dim
     if len(code) != z_dim:
         raise CarprotoError(f"a code of {len(code)} numbers is no car of these generators: they read {z_dim}")
     with self._lock:
         with self._quietly():
-            self._list_cars(self.pair.add(name, code), self.car_b.value)
+            i = self.pair.add(name, code)
+            self._list_cars(*((self.car_a.value, i) if day == "tomorrow" else (i, self.car_b.value)))
         self._new_path()
 
 
@@ -563,8 +572,10 @@ def add_picture(
     self: IntensityStudio,
     source: str | Path | bytes,  # a picture's file, or its content
     name: str = "",  # what to call the car; empty takes the name of the file
+    *,
+    day: str = "today",  # whose car it becomes: "today" or "tomorrow"
 ) -> None:
-    "Read a picture as a code and show it as the car of today; raise `CarprotoError` for what is no picture."
+    "Read a picture as a code and choose it as a car; raise `CarprotoError` for what is no picture."
     pair, file = self.pair, name or ("the picture" if isinstance(source, bytes) else Path(source).name)
     if pair.encoder is None:
         raise CarprotoError("pictures cannot be read: this pair has no encoder, give one")
@@ -582,13 +593,13 @@ def add_picture(
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        self._read(pair, picture, Path(file).stem, lambda action: action())
+        self._read(pair, picture, Path(file).stem, day, lambda action: action())
     else:
-        threading.Thread(target=self._read, args=(pair, picture, Path(file).stem, loop.call_soon_threadsafe), daemon=True).start()
+        threading.Thread(target=self._read, args=(pair, picture, Path(file).stem, day, loop.call_soon_threadsafe), daemon=True).start()
 
 # %% ../nbs/50_studio.ipynb #bf39fc18
 @patch
-def _read(self: IntensityStudio, pair: CarPair, picture: Image.Image, name: str, hand_over: Callable) -> None:
+def _read(self: IntensityStudio, pair: CarPair, picture: Image.Image, name: str, day: str, hand_over: Callable) -> None:
     "Find the code of a picture, and hand the end over to the thread that asked."
     own, steps = copy.deepcopy(pair.common), self.refinement.steps
     drawn = iter(range(1_000_000))
@@ -601,13 +612,13 @@ def _read(self: IntensityStudio, pair: CarPair, picture: Image.Image, name: str,
     own.register_forward_hook(count)
     try:
         found = invert(to_tensor(picture), own, pair.encoder, config=self.refinement, quiet=True)
-        hand_over(lambda: self._guarded(self._arrive, pair, name, found))
+        hand_over(lambda: self._guarded(self._arrive, pair, name, day, found))
     except Exception as error:
-        hand_over(lambda error=error: self._guarded(self._arrive, pair, name, error))
+        hand_over(lambda error=error: self._guarded(self._arrive, pair, name, day, error))
 
 # %% ../nbs/50_studio.ipynb #399e0429
 @patch
-def _arrive(self: IntensityStudio, pair: CarPair, name: str, found: Inversion | Exception) -> None:
+def _arrive(self: IntensityStudio, pair: CarPair, name: str, day: str, found: Inversion | Exception) -> None:
     "Put a car that was read into the lists and on view."
     self._is_reading, self.photo.disabled = False, False
     self._progress(None)
@@ -615,7 +626,7 @@ def _arrive(self: IntensityStudio, pair: CarPair, name: str, found: Inversion | 
         raise found
     rms = found.rms[0].item()
     if pair is self.pair:
-        self.add_car(name, found.z[0])
+        self.add_car(name, found.z[0], day=day)
     else:  # another pair was chosen meanwhile
         pair.add(name, found.z[0].tolist())
     if doubtful(found, pair.usual):
@@ -657,13 +668,14 @@ def open_studio(
     n_cars: int = 12,  # cars to choose from
     n_frames: int = 41,  # frames on the path
     folder: str | Path = ".",  # where the buttons save
+    photos: str | Path = "",  # a folder or zip whose pictures can be chosen too
 ) -> IntensityStudio:  # to be shown in a notebook
     "Open the studio on a pair of generators; raise `CarprotoError` when they cannot be had."
     pair = str(pair)
     loaders = {name: cache(partial(load_pair, name, backbone=backbone, n_cars=n_cars)) for name in dict.fromkeys([*pairs_at_hand(), pair])}
     first = loaders[pair]()
     company = {key: getattr(first, key) for key in ("encoder", "futurism", "perceptual", "has_outlines", "usual", "note")}
-    studio = IntensityStudio(first.common, first.futuristic, first.z, **company, n_frames=n_frames, folder=folder)
+    studio = IntensityStudio(first.common, first.futuristic, first.z, **company, n_frames=n_frames, folder=folder, photos=photos)
     shown = studio.pair
     loaders[pair] = lambda: shown
     studio.offer_pairs({PAIRS.get(name, (Path(name).name,))[0]: loader for name, loader in loaders.items()}, shown)

@@ -89,7 +89,11 @@ def serve_lab(folder: Path, home: Path) -> Iterator[str]:
         yield url
     finally:
         server.terminate()
-        server.wait(20)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()  # on a machine that is busy, kernels may take longer to go
+            server.wait()
 
 
 def open_notebook(browser, url: str, ready: str):

@@ -130,6 +130,8 @@ def wait_for_picture(page, expected: bytes) -> None:
     raise AssertionError("the browser does not show the expected frame")
 
 
+SHOWN = """n => [...document.querySelectorAll('.carproto-album-grid img')].filter(image => getComputedStyle(image).visibility === 'visible'
+    && image.naturalWidth > 1).length === n"""
 WATCH = """event => {
     const image = document.querySelector('img.carproto-picture'), before = image.src;
     window.decoded = new Promise(done => {
@@ -171,6 +173,16 @@ def told(page, words: str) -> str:
     return page.locator(".carproto-message").inner_text()
 
 
+def tab_to(page, title: str) -> None:
+    """Go on with the Tab key, from the album's first control, until the button of this title has the focus."""
+    page.focus(".carproto-album-source input")
+    for _ in range(24):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.title") == title:
+            return
+    raise AssertionError(f"the Tab key does not reach {title!r}")
+
+
 def upload(page, control: str, file) -> None:
     """Choose a file as a user does."""
     with page.expect_file_chooser() as chooser:
@@ -178,13 +190,13 @@ def upload(page, control: str, file) -> None:
     chooser.value.set_files(file)
 
 
-def photograph(page, name: str) -> None:
-    """Take pictures of the panel in both themes and two widths, and check that nothing is cut off or covers something else."""
+def photograph(page, name: str, top: str = ".carproto-studio") -> None:
+    """Take pictures of the panel, from a part on, in both themes and two widths; check that nothing is cut off or covers something else."""
     for width, theme in ((1400, "Light"), (900, "Light"), (900, "Dark"), (1400, "Dark")):
         page.set_viewport_size({"width": width, "height": 1100})
         page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
         page.wait_for_timeout(1200)
-        page.evaluate("document.querySelector('.carproto-studio').scrollIntoView()")
+        page.evaluate("top => document.querySelector(top).scrollIntoView()", top)
         page.wait_for_timeout(300)
         page.screenshot(path=SHOTS / f"{name}_{width}_{theme.lower()}.png")
         panel = page.locator(".carproto-studio").bounding_box()
@@ -342,6 +354,45 @@ def test_switch_of_the_pair(released):
     choose(released, "pair-list", "toy cars")
     wait_for_rest(released)
     assert options(released, "car-a")[-1] == "my car"
+    assert not released.complaints
+
+
+def test_pick_from_the_album(released, work):
+    photos = work[0] / "photos"
+    photos.mkdir()
+    for i, image in enumerate(ToyCars(19, 128, seed=12).images, 1):
+        to_picture(image).resize((144, 96)).save(photos / f"photo {i:02d}.jpg", quality=92)
+    (photos / "photo 11.jpg").write_text("<html>not found</html>")
+    source, told_pages = released.locator(".carproto-album-source input"), released.locator(".carproto-album-told")
+    source.fill(str(work[0] / "nowhere"))
+    source.press("Enter")
+    assert "does not exist" in told(released, "nowhere") and not told_pages.is_visible()
+    source.fill(str(photos))
+    source.press("Enter")
+    cells = released.locator(".carproto-album-grid > div:visible")
+    released.wait_for_function("document.querySelector('.carproto-album-told').innerText.includes('1 to 8 of 19')")
+    tab_to(released, "The pictures after these")
+    released.keyboard.press("Enter")
+    released.wait_for_function("document.querySelector('.carproto-album-told').innerText.includes('9 to 16 of 19')")
+    released.wait_for_function(SHOWN, arg=7)
+    assert cells.count() == 8 and "cannot be read" in cells.nth(2).inner_text() and released.locator(".carproto-message").inner_text() == ""
+    press(released, "End")
+    photograph(released, "album", ".carproto-sheet")
+    press(released, "Home")
+    before = seen(released)
+    tab_to(released, "photo 13.jpg as the car of today")
+    released.keyboard.press("Space")
+    told(released, "photo 13 is read")
+    wait_for_rest(released)
+    assert options(released, "car-a")[-1] == "photo 13" and seen(released) != before
+    press(released, "End")
+    before = seen(released)
+    tab_to(released, "photo 14.jpg as the car of tomorrow")
+    released.keyboard.press("Enter")
+    told(released, "photo 14 is read")
+    wait_for_rest(released)
+    chosen = [released.locator(f".carproto-car-{end} select").evaluate("list => list.selectedOptions[0].text") for end in "ab"]
+    assert [name.replace("\xa0", " ") for name in chosen] == ["photo 13", "photo 14"] and seen(released) != before
     assert not released.complaints
 
 
