@@ -134,6 +134,14 @@ def test_recipes_differ_as_they_say(photos, tmp_path):
         study_recipe.main([*options, "--recipes", "2032"])
 
 
+def test_recipes_take_turns_for_their_time(photos, tmp_path):
+    study_recipe.main(["time", "--data", photos["data"], "--size", "16", "--width", "4", "--batch", "4", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "recipe_time.json").read_text())["seconds"]
+    assert set(found) == {"2022", "carproto", "one D step"}
+    assert {len(values) for values in found.values()} == {8}
+    assert min(min(values) for values in found.values()) > 0
+
+
 def test_batch_decides_in_the_recipe_of_2022():
     G, z = Generator(16, 8, 4), draw_latents(8, 8)
     by_batch = study_recipe.ByBatch(G).eval()

@@ -2,26 +2,29 @@
 
     python tools/study_recipe.py compare --data COMMON.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
     python tools/study_recipe.py search --data COMMON.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors --seeds 0
+    python tools/study_recipe.py time --data COMMON.zip
 
 All runs have the same networks, batch size, generator steps and engine; what differs is in `RECIPES` and `CHANGES`. Each is measured as its
 recipe would draw: the 2022 recipe has no average and normalises by the batch, ours draws with the average and standing statistics. At the end
 the generator is measured without its average too, and at further half-lives of the average, which one run can carry side by side.
-data/records/recipe_NAME.jsonl gets a line for each run, recipe_NAME.json what all runs share, unless --record names another.
+data/records/recipe_NAME.jsonl gets a line for each run, recipe_NAME.json what all runs share, unless --record names another. `time` lets the
+recipes take turns, so that all of them meet the same load, and writes the seconds of a step to recipe_time.json.
 """
 import argparse
 import copy
 import itertools
+import statistics
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from study_freezed import Study, run_or_tell
+from study_freezed import Study, describe_command, run_or_tell
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from carproto.core import CarprotoError, pick_device
+from carproto.core import CarprotoError, describe_environment, pick_device, save_json
 from carproto.dataset import CarImages
 from carproto.metrics import Evaluator
 from carproto.readers import feature_extractor
@@ -99,16 +102,30 @@ def as_drawn(trainer: Trainer, by_batch: bool) -> nn.Module:
     return ByBatch(copy.deepcopy(trainer.G)) if by_batch else trainer.drawing_generator()
 
 
+def start_run(recipe: dict, config: TrainConfig, images: torch.Tensor) -> tuple[Trainer, bool]:
+    """Make the trainer of a recipe; tell as well whether it draws by the batch."""
+    changes = dict(recipe)
+    flips, by_batch = changes.pop("flips", False), changes.pop("by_batch", False)
+    changes["batch"] = round(config.batch * changes.get("batch", 1))
+    photos = torch.cat([images, images.flip(-1)]) if flips else images
+    return Trainer(photos, replace(config, **changes), pick_device()), by_batch
+
+
+def take_step(trainer: Trainer) -> float:
+    """Do one step of the recipe; return its seconds."""
+    start = time.perf_counter()
+    for _ in range(trainer.config.d_steps):
+        trainer.step_discriminator()
+    trainer.step_generator()
+    return time.perf_counter() - start
+
+
 def train_run(trainer: Trainer, places: list[int], by_batch: bool, judge: Evaluator, bar: tqdm) -> dict:
     """Train, and measure at some steps; the seconds are those of training."""
     seconds, measured, averages = 0.0, [], Averages(trainer)
     for place in places:
         while trainer.step < place:
-            start = time.perf_counter()
-            for _ in range(trainer.config.d_steps):
-                trainer.step_discriminator()
-            trainer.step_generator()
-            seconds += time.perf_counter() - start
+            seconds += take_step(trainer)
             averages.update()
             bar.update()
         measured.append({"step": place, "seconds": round(seconds, 2), **measure(as_drawn(trainer, by_batch), judge)})
@@ -121,9 +138,9 @@ def train_run(trainer: Trainer, places: list[int], by_batch: bool, judge: Evalua
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("compare", "search"), help="the recipes and what each part is worth, or other settings of ours")
+    parser.add_argument("name", choices=("compare", "search", "time"), help="the recipes, other settings of ours, or seconds only")
     for option, what in {"data": "zip or folder of photos", "heldout": "of held-out ones", "backbone": "MobileNetV2 file"}.items():
-        parser.add_argument(f"--{option}", required=True, help=what)
+        parser.add_argument(f"--{option}", required=option == "data", default="", help=what)
     parser.add_argument("--steps", type=int, default=600, help="generator steps of a run")
     parser.add_argument("--n_measured", type=int, default=3, help="how often a run is measured, evenly spread")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -138,16 +155,39 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run_study(arguments: argparse.Namespace) -> Study:
-    """Do the runs that are missing."""
-    recipes = RECIPES if arguments.name == "compare" else SEARCH
-    unknown = set(arguments.recipes or ()) - set(recipes)
-    if unknown:
-        raise CarprotoError(f"{', '.join(sorted(unknown))}: no such recipe, choose of {', '.join(recipes)}")
-    config = TrainConfig(
+def read_config(arguments: argparse.Namespace) -> TrainConfig:
+    """Return what all runs share."""
+    return TrainConfig(
         size=arguments.size, width=arguments.width, z_dim=arguments.z_dim, batch=arguments.batch, steps=arguments.steps,
         lecam_start=arguments.steps // 6, report_every=arguments.steps,
     )  # fmt: skip
+
+
+def time_recipes(arguments: argparse.Namespace, n_rounds: int = 8, n_steps: int = 5) -> None:
+    """Let recipes take turns of a few steps each, LeCam acting, and write the mean seconds of a step in each round."""
+    images = CarImages(arguments.data, arguments.size).images[:2000]
+    config = replace(read_config(arguments), lecam_start=0)
+    trainers = {name: start_run(RECIPES[name], config, images)[0] for name in arguments.recipes or ("2022", "carproto", "one D step")}
+    seconds = {name: [] for name in trainers}
+    for _ in tqdm(range(n_rounds + 1), desc="taking turns", unit="round"):
+        for name, trainer in trainers.items():
+            seconds[name].append(sum(take_step(trainer) for _ in range(n_steps)) / n_steps)
+    found = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+    record = {"command": describe_command(), "config": asdict(config), "n_steps": n_steps, "seconds": found, "machine": describe_environment()}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    save_json(record, arguments.out / f"{arguments.record or 'recipe_time'}.json")
+    print(", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in found.items()))
+
+
+def run_study(arguments: argparse.Namespace) -> Study:
+    """Do the runs that are missing."""
+    recipes = RECIPES if arguments.name == "compare" else SEARCH
+    if not (arguments.heldout and arguments.backbone):
+        raise CarprotoError("runs are measured: give --heldout and --backbone")
+    unknown = set(arguments.recipes or ()) - set(recipes)
+    if unknown:
+        raise CarprotoError(f"{', '.join(sorted(unknown))}: no such recipe, choose of {', '.join(recipes)}")
+    config = read_config(arguments)
     n_places = min(arguments.n_measured, arguments.steps)
     places = [round(arguments.steps * (i + 1) / n_places) for i in range(n_places)]
     images, heldout = (CarImages(path, arguments.size).images for path in (arguments.data, arguments.heldout))
@@ -165,11 +205,7 @@ def run_study(arguments: argparse.Namespace) -> Study:
     with tqdm(total=len(runs) * arguments.steps, unit="step", dynamic_ncols=True) as bar:
         for i, run in enumerate(runs):
             bar.set_description(f"{run['recipe']}, run {i + 1} of {len(runs)}")
-            changes = dict(recipes[run["recipe"]])
-            flips, by_batch = changes.pop("flips", False), changes.pop("by_batch", False)
-            changes["batch"] = round(arguments.batch * changes.get("batch", 1))
-            photos = torch.cat([images, images.flip(-1)]) if flips else images
-            trainer = Trainer(photos, replace(config, seed=run["seed"], **changes), pick_device())
+            trainer, by_batch = start_run(recipes[run["recipe"]], replace(config, seed=run["seed"]), images)
             fused = sorted(name for name, is_fused in trainer.forms.items() if is_fused)
             study.add({**run, "precision": trainer.precision, "fused": fused, **train_run(trainer, places, by_batch, judge, bar)})
     return study
@@ -177,7 +213,11 @@ def run_study(arguments: argparse.Namespace) -> Study:
 
 def main(argv: list[str] | None = None) -> None:
     """Compare recipes."""
-    run_or_tell(run_study, read_arguments(argv), "runs")
+    arguments = read_arguments(argv)
+    if arguments.name == "time":
+        time_recipes(arguments)
+    else:
+        run_or_tell(run_study, arguments, "runs")
 
 
 if __name__ == "__main__":
