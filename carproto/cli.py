@@ -142,6 +142,7 @@ def carproto_train(
     d_steps: int = 1,  # discriminator steps for each generator step
     lr_g: float = 5e-4,  # learning rate of the generator
     lr_d: float = 1e-3,  # learning rate of the discriminator
+    beta2: float = 0.9,  # Adam's second decay; 0.99 did better on photos, with two discriminator steps
     augment: str = "color,translation,cutout",  # DiffAugment's parts; "none" learns faster where photos are many and time is short
     lecam_weight: float = 0.3,  # of the LeCam penalty; 0 leaves it out
     fit: str = "squash",  # how a photo becomes square: squash, crop or letterbox
@@ -157,7 +158,7 @@ def carproto_train(
     device: str = "",  # "cpu" or "cuda"; empty takes the best at hand
 ):
     "Train an SN-GAN on photos of cars, or go on with a run; with several GPUs, put `accelerate launch` or `torchrun` in front."
-    config = TrainConfig(size=size, width=width, z_dim=z_dim, steps=steps, batch=batch, d_steps=d_steps, lr_g=lr_g, lr_d=lr_d,
+    config = TrainConfig(size=size, width=width, z_dim=z_dim, steps=steps, batch=batch, d_steps=d_steps, lr_g=lr_g, lr_d=lr_d, beta2=beta2,
                          augment="" if augment == "none" else augment, lecam_weight=lecam_weight, report_every=report_every,
                          precision=precision, seed=seed)  # fmt: skip
     cars, unseen = _open_both(data, size, fit, heldout)
@@ -167,7 +168,7 @@ def carproto_train(
                        allow_changes=allow_changes, compile=compile)  # fmt: skip
     _say_next(result, f"carproto_finetune --source {run} --data FUTURISTIC_CARS")
 
-
+# %% ../nbs/60_cli.ipynb #cf012ac0
 def carproto_finetune(
     source: str = "runs/common",  # folder of the common cars' run
     data: str = "toycars-futuristic",  # a folder or zip of futuristic cars, or "toycars-futuristic"
@@ -321,7 +322,7 @@ def _own(text: str, n: int, otherwise: list[float], extrapolate: bool) -> list[f
     values = check_intensities(read_intensities(text), extrapolate=extrapolate).tolist() if text else otherwise
     return values * n if len(values) == 1 else values
 
-
+# %% ../nbs/60_cli.ipynb #c0a8ef6d
 def carproto_blend(
     car_a: str,  # the car at intensity 0: a picture, or seed:7
     car_b: str,  # the car at intensity 1: a picture, or seed:8
@@ -438,7 +439,7 @@ def carproto_scrape(
         command = export_url_list(islice(records, limit or None) if list_only else folder, url_list)
         print(f"the addresses are in {url_list}; to fetch millions: {command}")
 
-
+# %% ../nbs/60_cli.ipynb #a240af81
 def carproto_curate(
     folder: str,  # a folder with images, as carproto_scrape leaves it
     against: str = "",  # other sets, folders or zips with commas, that must share no picture with this one

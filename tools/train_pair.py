@@ -2,7 +2,7 @@
 
     python tools/train_pair.py real64 --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip \\
         --backbone MOBILENET.safetensors                                                       # 64 px, two hours on a CPU
-    python tools/train_pair.py real128 ... --size 128 --width 64 --batch 128 --d_steps 2 --steps 30000 40000 5000 6000    # a GPU
+    python tools/train_pair.py real128 ... --size 128 --width 64 --batch 128 --d_steps 2 --beta2 0.99 --steps 30000 40000 5000 6000    # a GPU
 
 In order: train on common cars, shorten the code to the directions that show and let it settle, fine-tune on concept cars, shorten both codes
 alike, train the encoder, measure, release. Each stage is the console command of its name, its run lies in runs/NAME, and goes on where it was
@@ -34,6 +34,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=16, help="channels at full size; 64 is the published network")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--d_steps", type=int, default=1)
+    parser.add_argument("--beta2", type=float, default=0.9, help="Adam's second decay in the common cars' training")
     parser.add_argument("--augment", default="translation", help="for the many common cars; the few concept cars get all of DiffAugment")
     parser.add_argument("--n_frozen", type=int, default=2, help="lower blocks of the discriminator that the child keeps")
     parser.add_argument("--z_dims", type=int, nargs=3, default=(64, 16, 8), metavar=("FIRST", "SETTLED", "LAST"), help="numbers of a code, over time")
@@ -74,8 +75,8 @@ class Stages:
         """Train on common cars."""
         told = self.told
         cli.carproto_train(data=told.data, heldout=told.heldout, run=self.path(stage), size=told.size, width=told.width, z_dim=z_dim, steps=steps,
-                           batch=told.batch, d_steps=told.d_steps, augment=told.augment, report_every=told.report_every, seed=told.seed,
-                           allow_changes=True, max_minutes=self.minutes_left(), **self.judged)  # fmt: skip
+                           batch=told.batch, d_steps=told.d_steps, beta2=told.beta2, augment=told.augment, report_every=told.report_every,
+                           seed=told.seed, allow_changes=True, max_minutes=self.minutes_left(), **self.judged)  # fmt: skip
         self.check_done(stage, "final", steps)
 
     def finetune(self, stage: str, source: str, steps: int) -> None:
