@@ -50,7 +50,7 @@ def studio_tone(
     "Return the brightness of the studio, which futurism dims"
     return mix(factors.tone, .1, .3 * factors.futurism + .7 * _smooth(0, 1, factors.futurism))
 
-
+# %% ../nbs/05_carpaint.ipynb #7e65c5bd
 def _lamp(f, camera):
     "Direction of the lamp"
     a, to, flat = math.radians(f.light), camera.to, math.hypot(*camera.to[:2])

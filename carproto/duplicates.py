@@ -191,7 +191,7 @@ def near_duplicates(
     groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     return sorted(group.tolist() for group in groups if len(group) > 1)
 
-
+# %% ../nbs/12_duplicates.ipynb #eabe6fbe
 def _candidates(hashes: np.ndarray, thumbnails: np.ndarray, max_distance: int) -> np.ndarray:
     "Pair pictures whose hashes are close, as they are or with one of them trimmed, and whose grey patterns correlate."
     n, twice = len(hashes), np.concatenate([hashes, _trimmed_hashes(thumbnails)])
@@ -215,7 +215,7 @@ def _trimmed_hashes(thumbnails: np.ndarray, share: float = 0.05) -> np.ndarray:
     right, down = np.diff(to_eight.T @ grey @ to_nine, axis=2) > 0, np.diff(to_nine.T @ grey @ to_eight, axis=1) > 0
     return np.packbits(np.concatenate([right.reshape(-1, 64), down.reshape(-1, 64)], 1), axis=1).view(">u8").astype(np.uint64)
 
-
+# %% ../nbs/12_duplicates.ipynb #ff898e21
 def _nearest_only(pairs: np.ndarray, distance: np.ndarray, n_nearest: int = 4) -> np.ndarray:
     "Keep each pair once, and only if one picture is among the nearest of the other."
     order = np.lexsort((distance, pairs[:, 1], pairs[:, 0]))

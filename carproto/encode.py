@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .core import CarprotoError, RunFolder, draw_latents, pick_device, pick_precision, progress, seeded, to_tensor
@@ -56,7 +57,7 @@ def grade_encoder(
     grades["image_r2"] = r2(torch.cat(images).flatten(1), torch.cat(again).flatten(1))
     return grades | _grade_photos(E, generators, heldout, perceptual)
 
-
+# %% ../nbs/38_encode.ipynb #9a43e182
 def _grade_photos(E: LatentEncoder, generators: Sequence, heldout: Sequence, perceptual: PerceptualDistance | None) -> dict:
     "Read held-out photos, draw them again, and compare."
     photos, again, distances = [], [], []
@@ -145,77 +146,96 @@ class EncoderTrainer:
         "Whether the guessed codes are drawn again in the next step."
         return self.step >= self.config.image_start * self.config.steps
 
-    def draw_pairs(self) -> tuple[torch.Tensor, list[tuple[Generator, torch.Tensor]]]:
-        "Draw codes (N, z_dim), and for each generator the images of its part of them."
-        n_each = -(-self.config.batch // len(self.generators))
-        codes = [torch.randn(n_each, self.E.z_dim, generator=self.noise, device=self.device) for _ in self.generators]
-        with torch.no_grad(), torch.autocast(**self.autocast):
-            return torch.cat(codes), [(G, G(z).float()) for G, z in zip(self.generators, codes)]
+# %% ../nbs/38_encode.ipynb #0cd079ca
+@patch
+def draw_pairs(
+    self: EncoderTrainer,
+) -> tuple[torch.Tensor, list[tuple[Generator, torch.Tensor]]]:  # codes (N, z_dim); each generator with the images of its part of them
+    "Draw codes and their images, as many from each generator."
+    n_each = -(-self.config.batch // len(self.generators))
+    codes = [torch.randn(n_each, self.E.z_dim, generator=self.noise, device=self.device) for _ in self.generators]
+    with torch.no_grad(), torch.autocast(**self.autocast):
+        return torch.cat(codes), [(G, G(z).float()) for G, z in zip(self.generators, codes)]
 
-    def step_encoder(self) -> dict[str, torch.Tensor]:
-        "Do one step on fresh pairs; return the errors."
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, self.config)
-        codes, parts = self.draw_pairs()
-        if self.draws_again and self.config.photo_share:
-            parts += [(G, feed.take()) for G, feed in self.feeds]
-        seen = torch.cat([images for _, images in parts])
-        with torch.autocast(**self.autocast):
-            guess = self.E.train()(seen + self.config.jitter * torch.randn(seen.shape, generator=self.noise, device=self.device))
-        errors = {"loss_code": F.mse_loss(guess[: len(codes)], codes)}
-        total = errors["loss_code"]
-        if self.draws_again:
-            more, weighted = self.compare_pictures(parts, seen, guess, len(codes))
-            errors, total = {**errors, **more}, total + weighted
-        self.optimizer.zero_grad()
-        total.backward()
-        self.optimizer.step()
-        self.step += 1
-        return {name: value.detach() for name, value in errors.items()}
+# %% ../nbs/38_encode.ipynb #b7f09dbe
+@patch
+def compare_pictures(
+    self: EncoderTrainer,
+    parts: list[tuple[Generator, torch.Tensor]],  # who draws which pictures again
+    seen: torch.Tensor,  # all pictures (M, 3, size, size)
+    guess: torch.Tensor,  # their codes (M, z_dim)
+    n_drawn: int,  # how many of them were drawn; the rest are photos
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # errors by name, and their weighted sum
+    "Draw the guessed codes again and compare."
+    with torch.autocast(**self.autocast):
+        again = torch.cat([G(z) for (G, _), z in zip(parts, guess.split([len(images) for _, images in parts]))]).float()
+        distance = self.perceptual(seen, again).mean() if self.perceptual else None
+    errors = {"loss_image": F.mse_loss(again, seen)}
+    total = self.config.image_weight * errors["loss_image"]
+    if distance is not None:
+        errors["loss_perceptual"] = distance
+        total = total + self.config.perceptual_weight * distance
+    if len(guess) > n_drawn:
+        errors["loss_norm"] = (guess[n_drawn:].norm(dim=1) / self.E.z_dim**0.5 - 1).square().mean()
+        total = total + errors["loss_norm"]
+    return errors, total
 
-    def compare_pictures(
-        self,
-        parts: list[tuple[Generator, torch.Tensor]],  # who draws which pictures again
-        seen: torch.Tensor,  # all pictures (M, 3, size, size)
-        guess: torch.Tensor,  # their codes (M, z_dim)
-        n_drawn: int,  # how many of them were drawn; the rest are photos
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # errors by name, and their weighted sum
-        "Draw the guessed codes again and compare."
-        with torch.autocast(**self.autocast):
-            again = torch.cat([G(z) for (G, _), z in zip(parts, guess.split([len(images) for _, images in parts]))]).float()
-            distance = self.perceptual(seen, again).mean() if self.perceptual else None
-        errors = {"loss_image": F.mse_loss(again, seen)}
-        total = self.config.image_weight * errors["loss_image"]
-        if distance is not None:
-            errors["loss_perceptual"] = distance
-            total = total + self.config.perceptual_weight * distance
-        if len(guess) > n_drawn:
-            errors["loss_norm"] = (guess[n_drawn:].norm(dim=1) / self.E.z_dim**0.5 - 1).square().mean()
-            total = total + errors["loss_norm"]
-        return errors, total
+# %% ../nbs/38_encode.ipynb #03f0606b
+@patch
+def step_encoder(
+    self: EncoderTrainer,
+) -> dict[str, torch.Tensor]:  # scalars: "loss_code", and where pictures are drawn again their errors
+    "Do one step on fresh pairs."
+    for group in self.optimizer.param_groups:
+        group["lr"] = learning_rate(self.step, self.config)
+    codes, parts = self.draw_pairs()
+    if self.draws_again and self.config.photo_share:
+        parts += [(G, feed.take()) for G, feed in self.feeds]
+    seen = torch.cat([images for _, images in parts])
+    with torch.autocast(**self.autocast):
+        guess = self.E.train()(seen + self.config.jitter * torch.randn(seen.shape, generator=self.noise, device=self.device))
+    errors = {"loss_code": F.mse_loss(guess[: len(codes)], codes)}
+    total = errors["loss_code"]
+    if self.draws_again:
+        more, weighted = self.compare_pictures(parts, seen, guess, len(codes))
+        errors, total = {**errors, **more}, total + weighted
+    self.optimizer.zero_grad()
+    total.backward()
+    self.optimizer.step()
+    self.step += 1
+    return {name: value.detach() for name, value in errors.items()}
 
-    def state_dict(self) -> dict:
-        "All that the next step depends on."
-        state = {"E": self.E.state_dict(), "optimizer": self.optimizer.state_dict(), "noise": self.noise.get_state()}
-        feeds = [feed.state_dict() for _, feed in self.feeds]
-        return {**state, "feeds": feeds, "generator": self.E.generator, "config": asdict(self.config)}
+# %% ../nbs/38_encode.ipynb #eb8839ad
+@patch
+def state_dict(
+    self: EncoderTrainer,
+) -> dict:  # tensors and numbers; all but the count of steps
+    "Return all that the next step depends on."
+    state = {"E": self.E.state_dict(), "optimizer": self.optimizer.state_dict(), "noise": self.noise.get_state()}
+    feeds = [feed.state_dict() for _, feed in self.feeds]
+    return {**state, "feeds": feeds, "generator": self.E.generator, "config": asdict(self.config)}
 
-    def load_state_dict(self, state: dict) -> None:
-        "Take up a state again; raise `CarprotoError` when it belongs to another generator, other photos or other choices."
-        if state["generator"] != self.E.generator:
-            raise CarprotoError("this run's encoder was trained for another generator: choose another name for the new one")
-        changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v and k != "report_every"]
-        if changed:
-            raise CarprotoError(f"the run was started with another {', '.join(changed)}: keep it, or take another name")
-        sizes = [len(feed["order"]) for feed in state["feeds"]]
-        if sizes != [feed.stream.n for _, feed in self.feeds]:
-            raise CarprotoError(f"the run was started with {sizes or 'no'} photos: give the same ones, or take another name")
-        self.E.load_state_dict(state["E"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.noise.set_state(state["noise"].cpu())
-        for (_, feed), place in zip(self.feeds, state["feeds"]):
-            feed.load_state_dict(place)
-        self.step = state["step"]
+
+@patch
+def load_state_dict(
+    self: EncoderTrainer,
+    state: dict,  # from `state_dict`, and the count of steps as "step"
+) -> None:
+    "Take up a state again; raise `CarprotoError` when it belongs to another generator, other photos or other choices."
+    if state["generator"] != self.E.generator:
+        raise CarprotoError("this run's encoder was trained for another generator: choose another name for the new one")
+    changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v and k != "report_every"]
+    if changed:
+        raise CarprotoError(f"the run was started with another {', '.join(changed)}: keep it, or take another name")
+    sizes = [len(feed["order"]) for feed in state["feeds"]]
+    if sizes != [feed.stream.n for _, feed in self.feeds]:
+        raise CarprotoError(f"the run was started with {sizes or 'no'} photos: give the same ones, or take another name")
+    self.E.load_state_dict(state["E"])
+    self.optimizer.load_state_dict(state["optimizer"])
+    self.noise.set_state(state["noise"].cpu())
+    for (_, feed), place in zip(self.feeds, state["feeds"]):
+        feed.load_state_dict(place)
+    self.step = state["step"]
 
 # %% ../nbs/38_encode.ipynb #e69c99de
 @dataclass
@@ -262,7 +282,7 @@ def train_encoder(
     save_encoder(E, run.path / "encoder", about={"steps": trainer.step, "seconds": round(clock.seconds, 1), **grades})
     return EncoderResult(E, trainer.step == config.steps, interrupted, run, grades)
 
-
+# %% ../nbs/38_encode.ipynb #a20fb00e
 def _run(trainer: EncoderTrainer, run: RunFolder, clock: Clock, heldout: Sequence, title: str | None, quiet: bool) -> bool:
     "Step until the end or the time limit; return whether a person stopped it."
     config, recent = trainer.config, []

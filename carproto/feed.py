@@ -11,6 +11,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from fastcore.basics import patch
 
 from .core import to_tensor
 
@@ -93,12 +94,21 @@ class Feed:
         batch = self.images[indices]
         return batch.pin_memory() if self.device.type == "cuda" else batch
 
-    def state_dict(self) -> dict:
-        "Where the batches taken so far end."
-        return self.taken
+# %% ../nbs/24_feed.ipynb #62306be1
+@patch
+def state_dict(
+    self: Feed,
+) -> dict:  # place in the stream
+    "Tell where the batches taken so far end."
+    return self.taken
 
-    def load_state_dict(self, state: dict) -> None:
-        "Go on there."
-        self.ahead.clear()
-        self.stream.load_state_dict(state)
-        self.taken = self.stream.state_dict()
+
+@patch
+def load_state_dict(
+    self: Feed,
+    state: dict,  # from `state_dict`
+) -> None:
+    "Go on at a place in the stream."
+    self.ahead.clear()
+    self.stream.load_state_dict(state)
+    self.taken = self.stream.state_dict()

@@ -170,7 +170,7 @@ def take_back(self: LabelPanel) -> None:
     del self.labels[name]
     self._show(name)
 
-
+# %% ../nbs/17_labelling.ipynb #d5bfbaf1
 @patch
 def _type(self: LabelPanel, text: str) -> None:
     "Act on each new key in the field, and empty it; a key pressed before the field was empty comes behind those that were taken."
@@ -187,7 +187,7 @@ def _type(self: LabelPanel, text: str) -> None:
     finally:
         self.key.value = ""
 
-
+# %% ../nbs/17_labelling.ipynb #da37cca0
 @patch
 def _learn(self: LabelPanel) -> None:
     "Guess the views of all photos from the labels so far."

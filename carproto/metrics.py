@@ -125,7 +125,7 @@ def usual_leaning(
     left_out = torch.linspace(0, len(train) - 1, min(n - len(heldout), len(train))).round().long()
     return torch.cat([usual, lean_to_train(train[left_out], train, heldout, is_train=True)])
 
-
+# %% ../nbs/32_metrics.ipynb #5adaf7c3
 def copy_rate(
     fake: torch.Tensor,  # thumbnails (N, K)
     train: torch.Tensor,  # thumbnails of the images trained on (M, K)
@@ -172,7 +172,7 @@ def evaluate_features(
     sizes = {"n_real": len(heldout), "n_fake": len(fake)}
     return {**sizes, "kid": mean, "kid_sd": sd, "frechet": frechet(fake, heldout), **prdc(fake, heldout)}
 
-
+# %% ../nbs/32_metrics.ipynb #13479bb0
 class Evaluator:
     "Measures generators against the same real images, with the same codes."
 
@@ -215,7 +215,7 @@ class Evaluator:
             result |= {"n_train": len(self.small_train), "kid_train": kid(features, self.train)[0], "copy_rate": copies}
         return result
 
-
+# %% ../nbs/32_metrics.ipynb #f7795769
 def evaluate_images(
     fake: torch.Tensor,  # uint8 or float images (N, 3, H, W)
     heldout: torch.Tensor,  # real images that were not trained on

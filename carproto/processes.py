@@ -79,7 +79,7 @@ class Processes:
             raise CarprotoError(f"a batch of {batch} cannot be shared by {self.n} processes: choose a multiple of {self.n}")
         return batch // self.n
 
-
+# %% ../nbs/23_processes.ipynb #9329053e
 def _join(device: torch.device) -> object:
     "Meet the other processes."
     try:

@@ -170,7 +170,7 @@ def test_a_proxy_opens_no_way_into_the_house(site, monkeypatch):
 
 
 def test_a_site_that_shows_the_door_is_left_alone(site, monkeypatch):
-    monkeypatch.setattr("carproto.fetch.MAX_REFUSALS", 3)
+    monkeypatch.setattr("carproto.fetch._MAX_REFUSALS", 3)
     fetcher, reasons = hasty(), []
     for _ in range(4):
         with pytest.raises(FetchError) as caught:
