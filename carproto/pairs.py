@@ -47,6 +47,8 @@ class CarPair:
             raise CarprotoError(f"{len(self.names)} names for {len(z)} codes: give one name for each code")
         names = self.names or [f"car {i + 1}" for i in range(len(z))]
         self.cars = [(str(name), code.detach().cpu().float()) for name, code in zip(names, z)]
+        for G in (self.common, self.futuristic):
+            G.to(memory_format=torch.channels_last)  # the order in which a CPU convolves fastest; the images are the same
         self.fingerprints = [G.fingerprint() if hasattr(G, "fingerprint") else "" for G in (self.common, self.futuristic)]
         self.reference = None
 
@@ -98,8 +100,6 @@ def load_pair(
 ) -> CarPair:  # on the CPU
     "Load a pair and its company; raise `CarprotoError` when the generators cannot be had."
     common, futuristic = (load_generator(f"{name}/{part}", "cpu") for part in ("common", "futuristic"))
-    for G in (common, futuristic):
-        G.to(memory_format=torch.channels_last)  # the order in which a CPU convolves fastest; the images are the same, bit for bit
     z = draw_latents(n_cars, common.z_dim, PAIRS.get(name, ("", 0))[1] if seed is None else seed)
     pair, notes = CarPair(common, futuristic, z), []
     try:
