@@ -78,8 +78,8 @@ def cheapest_route(
 _BOUNDS, _WEIGHTS, _ROUNDS = (2.0, 2.6, 1.5), (0.3, 1.0, 3.0), 3  # what is tried: medians, costs, and how often
 
 
-def _route_through(places, scores, apart, steps: int, max_step: float, min_spearman: float) -> tuple[float, Route]:
-    "Find the route through some places that breaks the wishes least; return by how much, and the route."
+def _route_through(places, scores, apart, steps: int, max_step: float, min_spearman: float) -> tuple[tuple, Route]:
+    "Find the route through some places that jumps least, then rises best; return what both lack, and the route."
     rise, best, usual = scores[-1] - scores[0], None, (apart[0, -1] / (0.6 * steps) ** 2).clamp_min(1e-9).item()
     gain = (scores - scores[0]) / rise if rise > 0 else places.mean(1)
     for _ in range(_ROUNDS):
@@ -88,7 +88,7 @@ def _route_through(places, scores, apart, steps: int, max_step: float, min_spear
             taken = apart[path[:-1], path[1:]]
             median = taken.quantile(0.5).clamp_min(1e-9).item()
             spearman, worst = rank_correlation(range(steps + 1), scores[path]), taken.max().item() / median
-            flaw = 10 * max(0.0, min_spearman - spearman) + max(0.0, worst - max_step)
+            flaw = max(0.0, worst - max_step), max(0.0, min_spearman - spearman)
             if best is None or flaw < best[0]:
                 best = flaw, path, spearman, worst, median
         usual = best[-1]
@@ -104,12 +104,12 @@ def plan_route(
     n_cube: int = 9,  # of each kind in the cube, where the square holds no good route; 0 does without
     steps: int = 10,  # even steps of the slider
     perceptual: PerceptualDistance | None = None,  # measures visible change; None compares pixels
-    max_step: float = 2.8,  # wanted largest step, in medians
+    max_step: float = 2.9,  # wanted largest step, in medians; comes first
     min_spearman: float = 0.97,  # wanted rank correlation of position and futurism
 ) -> Route:  # for this pair of cars
     "Find a way through the intensities on which futurism rises evenly and the picture never jumps."
 
-    def search(places: torch.Tensor) -> tuple[float, Route]:
+    def search(places: torch.Tensor) -> tuple[tuple, Route]:
         frames = draw(places[:, 0], places[:, 1:])
         scores, seen = torch.as_tensor(futurism(frames)).flatten().double().cpu(), embed(frames, perceptual)
         if not len(scores) == len(seen) == len(places) or not bool(torch.isfinite(scores).all()):
@@ -120,7 +120,7 @@ def plan_route(
     flaw, route = search(torch.cartesian_prod(even, even)[:, [0, 1, 1]])
     if route.futurism[-1] <= route.futurism[0]:
         warnings.warn("the last car is no more futuristic than the first: the route goes by visible change", stacklevel=2)
-    elif flaw and n_cube:
+    elif any(flaw) and n_cube:
         other_flaw, other = search(torch.cartesian_prod(finer, finer, finer))
         route = other if other_flaw < flaw else route
     return route
