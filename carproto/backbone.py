@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
-from .core import CarprotoError, pick_device
+from .core import CarprotoError, pick_device, pick_precision
 
 # %% ../nbs/15_backbone.ipynb #205f2696
 def load_layers(
@@ -62,30 +62,33 @@ class ViewBackbone:
     def __init__(
         self,
         path: str | Path | None = None,  # safetensors of MobileNetV2; None downloads torchvision's
-        size: int = 192,  # pixels that it sees, a multiple of 32
+        size: int = 224,  # columns of pixels that it sees, a multiple of 32; three quarters as many rows
         *,
         style: str | None = None,  # "torchvision" or "tensorflow"; None takes the second for a file
         device: torch.device | str | None = None,  # None takes the best at hand
     ):
         if size < 96 or size % 32:
-            raise CarprotoError(f"a backbone cannot see {size} pixels: choose a multiple of 32 from 96 on, such as 192")
+            raise CarprotoError(f"a backbone cannot see {size} pixels: choose a multiple of 32 from 96 on, such as 224")
         self.size, self.style, self.device = size, style or ("tensorflow" if path else "torchvision"), pick_device(device and str(device))
-        self.layers = load_layers(path, style=self.style).to(self.device)
+        self.layers, self.precision = load_layers(path, style=self.style).to(self.device), pick_precision(self.device)
 
     @torch.inference_mode()
     def __call__(
         self,
-        images: torch.Tensor,  # float (N, 3, H, W) in [-1, 1]
+        images: torch.Tensor,  # float (N, 3, H, W) in [-1, 1], about square
     ) -> torch.Tensor:  # float32 (N, 16640) on the CPU
-        "Look at images."
-        x = F.interpolate(images.to(self.device), size=(self.size, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
+        "Look at the middle three quarters of images."
+        rim, rows = images.shape[2] // 8, round(self.size * 3 / 4 / 32) * 32
+        middle = images[:, :, rim : images.shape[2] - rim].to(self.device)
+        x = F.interpolate(middle, size=(rows, self.size), mode="bicubic", antialias=True).clamp(-1, 1)
         if self.style == "torchvision":
             x = (x * 0.5 + 0.5 - _MEAN.to(x)) / _DEVIATION.to(x)
         x, seen = x.contiguous(memory_format=torch.channels_last), []
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            if i in _GRIDS:
-                seen.append(F.normalize(F.adaptive_avg_pool2d(x.float(), _GRIDS[i]).flatten(1)))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            for i, layer in enumerate(self.layers):
+                x = layer(x)
+                if i in _GRIDS:
+                    seen.append(F.normalize(F.adaptive_avg_pool2d(x.float(), _GRIDS[i]).flatten(1)))
         return torch.cat(seen, 1).cpu()
 
     def __repr__(self) -> str:

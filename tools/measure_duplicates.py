@@ -5,12 +5,12 @@
 """
 import argparse
 import io
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageEnhance
+from study_freezed import describe_command
 from tqdm import tqdm
 
 from carproto.core import describe_environment, fit_square, open_picture, save_json
@@ -111,7 +111,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     clusters = near_duplicates(*looks)
     record = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": describe_command(),
         "photos": Path(arguments.photos).name,
         "n_photos": len(photos),
         "n_copied": arguments.n,
