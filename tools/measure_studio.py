@@ -56,7 +56,8 @@ def main() -> None:
         for name, studio in studios.items():
             asyncio.run(time_paths(studio, 2))  # warm up
             taken = asyncio.run(time_paths(studio, arguments.n))
-            record["first_picture_ms"][name][f"{n_threads} threads"] = {"median": round(statistics.median(taken), 1), "slowest": round(max(taken), 1)}
+            found = {"median": round(statistics.median(taken), 1), "slowest": round(max(taken), 1)}
+            record["first_picture_ms"][name][f"{n_threads} thread" + "s" * (n_threads > 1)] = found
     record["machine"] = describe_environment()
     save_json(record, arguments.out)
     for name, value in record.items():
