@@ -62,16 +62,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/records/curate.json"))
     arguments = parser.parse_args()
     classify = load_view_classifier(arguments.classifier, arguments.backbone)
-    record = {"command": describe_command(), "n_threads": torch.get_num_threads()}
-    for size, large in (("as they are, 128 px", False), (f"enlarged to {LARGE[0]}x{LARGE[1]} px, JPEG", True)):
-        record[size] = {
-            "without_classifier": time_curate(arguments.photos, arguments.n // (4 if large else 1), None, large),
-            "with_classifier": time_curate(arguments.photos, arguments.n // 4, classify, large),
-        }
+    record = {"command": describe_command(), "n_threads": torch.get_num_threads(), "runs": []}
+    for size, large in (("128x128, as they are", False), (f"{LARGE[0]}x{LARGE[1]}, enlarged", True)):
+        for classify_view in (None, classify):
+            n = arguments.n // (1 if not large and classify_view is None else 4)
+            found = time_curate(arguments.photos, n, classify_view, large)
+            record["runs"].append({"photos": size, "with_classifier": classify_view is not None, **found})
     record["machine"] = describe_environment()
     save_json(record, arguments.out)
-    for name, value in record.items():
-        print(f"{name}: {value}")
+    for run in record["runs"]:
+        print(run)
 
 
 if __name__ == "__main__":
