@@ -50,16 +50,17 @@ def close_pairs(
         for band in shuffle.permutation(128)[: 128 // width * width].reshape(-1, width):
             codes = bits[:, band] @ (1 << np.arange(width))
             order = np.argsort(codes, kind="stable")
-            starts = np.searchsorted(codes[order], np.arange((1 << width) + 1))
+            codes, sorted_hashes = codes[order], hashes[order]  # neighbours in memory are neighbours in code: the caches like that
+            starts = np.searchsorted(codes, np.arange((1 << width) + 1))
             for mask in (0, *(1 << np.arange(width))):
                 first = starts[codes ^ mask]
                 n_matches = starts[(codes ^ mask) + 1] - first
-                found += _verified(hashes, first, n_matches, order, max_distance)
+                found += _verified(sorted_hashes, first, n_matches, order, max_distance)
     pairs = np.unique(np.concatenate(found))
     return np.stack([pairs // n, pairs % n], axis=1)
 
 
-def _verified(hashes, first, n_matches, order, max_distance, chunk=2_000_000):
+def _verified(hashes, first, n_matches, order, max_distance, chunk=200_000):
     "Count the true distances of the matches, a bounded number at a time."
     n, found = len(hashes), []
     ends = np.cumsum(n_matches)
@@ -68,10 +69,11 @@ def _verified(hashes, first, n_matches, order, max_distance, chunk=2_000_000):
         counts = n_matches[start:stop]
         i = np.repeat(np.arange(start, stop), counts)
         step = np.arange(len(i)) - np.repeat(np.cumsum(counts) - counts, counts)
-        j = order[first[i] + step]
+        j = first[i] + step
         i, j = i[i < j], j[i < j]
         near = hamming_distance(hashes[i], hashes[j]) <= max_distance
-        found.append(i[near] * n + j[near])
+        i, j = order[i[near]], order[j[near]]
+        found.append(np.minimum(i, j) * n + np.maximum(i, j))
     return found
 
 # %% ../nbs/12_duplicates.ipynb #9a70ce10
@@ -200,20 +202,23 @@ def _candidates(hashes: np.ndarray, thumbnails: np.ndarray, max_distance: int) -
     ends = np.sort(found % n, axis=1)
     is_pair = (ends[:, 0] < ends[:, 1]) & (found < n).any(1)
     pairs = _nearest_only(ends[is_pair], hamming_distance(*twice[found[is_pair]].swapaxes(0, 1)))
-    grey = thumbnails.astype(np.float32).mean(1).reshape(n, 8, 4, 8, 4).mean((2, 4)).reshape(n, 64)
+    grey = thumbnails.reshape(n, 3, 8, 4, 8, 4).mean((1, 3, 5), dtype=np.float32).reshape(n, 64)
     grey -= grey.mean(1, keepdims=True)
     grey /= np.linalg.norm(grey, axis=1, keepdims=True) + 1e-6
     return pairs[(grey[pairs[:, 0]] * grey[pairs[:, 1]]).sum(1) > 0.8]
 
 
 def _trimmed_hashes(thumbnails: np.ndarray, share: float = 0.05) -> np.ndarray:
-    "Hash thumbnails without a rim, as `hash_pictures` would, but all at once."
-    grey = np.tensordot(np.float32([0.299, 0.587, 0.114]), thumbnails, (0, 1))
+    "Hash thumbnails without a rim, as `hash_pictures` would, but many at once."
     box = (32 * share, 0, 32 * (1 - share), 32)
-    eye = Image.fromarray(np.eye(32, dtype=np.float32))
+    eye, weights = Image.fromarray(np.eye(32, dtype=np.float32)), np.float32([0.299, 0.587, 0.114])
     to_nine, to_eight = (np.asarray(eye.resize((n, 32), Image.Resampling.LANCZOS, box)) for n in (9, 8))  # resizing as a matrix
-    right, down = np.diff(to_eight.T @ grey @ to_nine, axis=2) > 0, np.diff(to_nine.T @ grey @ to_eight, axis=1) > 0
-    return np.packbits(np.concatenate([right.reshape(-1, 64), down.reshape(-1, 64)], 1), axis=1).view(">u8").astype(np.uint64)
+    bits = np.empty((len(thumbnails), 128), dtype=bool)
+    for k in range(0, len(thumbnails), 1024):  # so many stay in the processor's cache
+        grey = np.tensordot(weights, thumbnails[k : k + 1024], (0, 1))
+        right, down = np.diff(to_eight.T @ grey @ to_nine, axis=2) > 0, np.diff(to_nine.T @ grey @ to_eight, axis=1) > 0
+        bits[k : k + 1024] = np.concatenate([right.reshape(-1, 64), down.reshape(-1, 64)], 1)
+    return np.packbits(bits, axis=1).view(">u8").astype(np.uint64)
 
 # %% ../nbs/12_duplicates.ipynb #ff898e21
 def _nearest_only(pairs: np.ndarray, distance: np.ndarray, n_nearest: int = 4) -> np.ndarray:

@@ -6,6 +6,7 @@
 import argparse
 import io
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -76,20 +77,40 @@ def measure_recall(photos: list, looks: tuple, n: int, seed: int) -> dict:
     return shares
 
 
+def draw_textures(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw thumbnails of clouds, whose detail falls off as in photos; none resembles another."""
+    along = np.fft.fftfreq(32)
+    radius = np.hypot(along[:, None], along)
+    radius[0, 0] = np.inf
+    many = np.empty((n, 3, 32, 32), np.uint8)
+    for k in range(0, n, 5000):
+        white = np.fft.fft2(rng.standard_normal((min(5000, n - k), 3, 32, 32)))
+        clouds = np.fft.ifft2(white * radius**-1.3).real
+        many[k : k + 5000] = np.clip(128 + 48 * clouds / clouds.std((1, 2, 3), keepdims=True), 0, 255)
+    return many
+
+
+def draw_pieces(n: int, rng: np.random.Generator, thumbnails: np.ndarray) -> np.ndarray:
+    """Cut thumbnails of random pieces out of those of photos; the more there are, the more of them resemble others."""
+    many = np.empty((n, 3, 32, 32), np.uint8)
+    for k, (i, x, y) in enumerate(zip(*rng.integers([[len(thumbnails)], [17], [17]], size=(3, n)))):
+        many[k] = thumbnails[i, :, y : y + 16, x : x + 16].repeat(2, 1).repeat(2, 2)[:, :, :: rng.choice((-1, 1))]
+    return many
+
+
 def measure_cost(thumbnails: np.ndarray, sizes: tuple, seed: int) -> dict:
-    """Time `near_duplicates` on random parts of the photos, as many as wanted, of which every twentieth has a copy."""
-    seconds, rng = {}, np.random.default_rng(seed)
-    for n in sizes:
-        many = np.empty((n, 3, 32, 32), np.uint8)
-        for k, (i, x, y) in enumerate(zip(*rng.integers([[len(thumbnails)], [17], [17]], size=(3, n)))):
-            many[k] = thumbnails[i, :, y : y + 16, x : x + 16].repeat(2, 1).repeat(2, 2)[:, :, :: rng.choice((-1, 1))]
-        many[::20] = np.clip(many[1::20] * 1.1, 0, 255).astype(np.uint8)
-        hashes = _trimmed_hashes(many, 0)
-        start = time.perf_counter()
-        clusters = near_duplicates(hashes, many)
-        seconds[str(n)] = round(time.perf_counter() - start, 2)
-        print(f"{n}: {seconds[str(n)]} s, {len(clusters)} clusters", flush=True)
-    return seconds
+    """Time `near_duplicates` on drawn textures and on pieces of the photos, as many as wanted, of which every twentieth has a copy."""
+    cost = {}
+    for kind, draw in {"textures": draw_textures, "pieces of photos": partial(draw_pieces, thumbnails=thumbnails)}.items():
+        for n in sizes:
+            many = draw(n, np.random.default_rng(seed))
+            many[::20] = np.clip(many[1::20] * 1.1, 0, 255).astype(np.uint8)
+            hashes = _trimmed_hashes(many, 0)
+            start = time.perf_counter()
+            clusters = near_duplicates(hashes, many)
+            cost.setdefault(kind, {})[str(n)] = {"seconds": round(time.perf_counter() - start, 2), "clusters": len(clusters)}
+            print(f"{n} {kind}: {cost[kind][str(n)]}", flush=True)
+    return cost
 
 
 def main() -> None:
@@ -124,7 +145,7 @@ def main() -> None:
             "pairs_wrong_by_eye": arguments.wrong,
         },
         "photos_per_second": round(len(photos) / seconds),
-        "seconds": measure_cost(looks[1], (10_000, 30_000, 100_000), arguments.seed),
+        "cost": measure_cost(looks[1], (10_000, 30_000, 100_000), arguments.seed),
         "machine": describe_environment(),
     }
     if arguments.sheets:
