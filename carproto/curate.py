@@ -175,7 +175,7 @@ def _name_from(here: _PictureSet, there: _PictureSet, name: str) -> str:
     "Name a picture of one set as seen from the folder of another."
     return name if here is there else (Path(os.path.relpath(there.path, here.path)) / name).as_posix() + ("" if name else "/")
 
-
+# %% ../nbs/19_curate.ipynb #a0b51692
 def _judge_views(ours: _PictureSet, rows: list[dict], views: Sequence[str], min_confidence: float) -> None:
     "Add the guessed views, and reject the unwanted ones; a person's label wins."
     wanted = [VIEWS.index(view) for view in views]

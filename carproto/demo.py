@@ -266,7 +266,7 @@ def best_pair(
     error = blends.common.distance + blends.futuristic.distance
     return int(error.argsort()[len(error) // 2])
 
-
+# %% ../nbs/52_demo.ipynb #7435d455
 def write_page(
     folder: Path,  # of the demo
     models: DemoModels,  # for the frames of the slider

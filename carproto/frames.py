@@ -130,7 +130,7 @@ def draw_curves(
     )
     return _plot(lines, dots, told, at, place, (low, high) if measures else None, height) + words
 
-
+# %% ../nbs/49_frames.ipynb #2f653a5f
 def _line(start: str, colour: str, width: float, dash: str = "") -> str:
     "Write an SVG line that keeps its width when the plot is stretched."
     style = f"stroke: {colour}; stroke-width: {width}; stroke-dasharray: {dash or 'none'}"

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass, fields
 
 import torch
+from fastcore.basics import patch
 
 from .core import CarprotoError, draw_latents, pick_precision, progress
 from .encoder import LatentEncoder
@@ -118,46 +119,50 @@ class _Refiner:
         distance = self.perceptual.to([m.repeat(n, 1, 1, 1) for m in self.described], images) if self.perceptual else pixel
         return distance, pixel, distance + self.config.pixel_weight * pixel
 
-    def run(self, bar) -> Inversion:
-        "Refine, and keep the best code of each picture."
-        config, n = self.config, len(self.starts)
-        z, gains = self.starts.clone().requires_grad_(), torch.ones(n, self.G.n_gains, device=self.x.device, requires_grad=config.use_gains)
-        optimizer = torch.optim.Adam([{"params": [z]}, *([{"params": [gains], "lr_share": 0.1}] if config.use_gains else [])], betas=(0.9, 0.99))
+# %% ../nbs/39_invert.ipynb #080d9576
+@patch
+def run(self: _Refiner, bar) -> Inversion:
+    "Refine, and keep the best code of each picture."
+    config, n = self.config, len(self.starts)
+    z, gains = self.starts.clone().requires_grad_(), torch.ones(n, self.G.n_gains, device=self.x.device, requires_grad=config.use_gains)
+    optimizer = torch.optim.Adam([{"params": [z]}, *([{"params": [gains], "lr_share": 0.1}] if config.use_gains else [])], betas=(0.9, 0.99))
+    with torch.no_grad():
+        best = self.measure(self.draw(z, gains))[2]
+    best_z, best_gains, waited = z.detach().clone(), gains.detach().clone(), 0
+    for step in range(config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * group.get("lr_share", 1.0) * min(1.0, 2 * (1 - step / config.steps))
+        with torch.autocast(**self.autocast):
+            loss = self.measure(self.draw(z, gains).float())[2]
         with torch.no_grad():
-            best = self.measure(self.draw(z, gains))[2]
-        best_z, best_gains, waited = z.detach().clone(), gains.detach().clone(), 0
-        for step in range(config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * group.get("lr_share", 1.0) * min(1.0, 2 * (1 - step / config.steps))
-            with torch.autocast(**self.autocast):
-                loss = self.measure(self.draw(z, gains).float())[2]
-            with torch.no_grad():
-                better = loss < best
-                waited = 0 if bool((loss < 0.999 * best).any()) else waited + 1
-                best = torch.where(better, loss, best)
-                best_z, best_gains = (torch.where(better[:, None], new, old) for new, old in ((z, best_z), (gains, best_gains)))
-            if config.patience and waited >= config.patience:
-                break
-            prior = (z.norm(dim=1) / self.G.z_dim**0.5 - 1).square()
-            optimizer.zero_grad()
-            (loss + config.prior_weight * prior).sum().backward()
-            optimizer.step()
-            with torch.no_grad():
-                z.copy_(self._onto_shell(z))
-            bar.update()
-            bar.set_postfix(error=f"{best.mean().item():.4f}")
-        return self._choose(best_z, best_gains)
+            better = loss < best
+            waited = 0 if bool((loss < 0.999 * best).any()) else waited + 1
+            best = torch.where(better, loss, best)
+            best_z, best_gains = (torch.where(better[:, None], new, old) for new, old in ((z, best_z), (gains, best_gains)))
+        if config.patience and waited >= config.patience:
+            break
+        prior = (z.norm(dim=1) / self.G.z_dim**0.5 - 1).square()
+        optimizer.zero_grad()
+        (loss + config.prior_weight * prior).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            z.copy_(self._onto_shell(z))
+        bar.update()
+        bar.set_postfix(error=f"{best.mean().item():.4f}")
+    return self._choose(best_z, best_gains)
 
-    @torch.no_grad()
-    def _choose(self, z: torch.Tensor, gains: torch.Tensor) -> Inversion:
-        "Take the best start of each picture, the encoder's own code among them."
-        z, gains = torch.cat([z, self.starts[: len(self.x)]]), torch.cat([gains, torch.ones_like(gains[: len(self.x)])])
-        images = torch.cat([self.draw(a, b) for a, b in zip(z.split(64), gains.split(64))])
-        distance, pixel, loss = self.measure(images)
-        row = loss.view(-1, len(self.x)).argmin(0) * len(self.x) + torch.arange(len(self.x), device=z.device)
-        images_start = self.G(self.z0)
-        first = self.measure(images_start)[0]
-        return Inversion(z[row], self.z0, images[row], images_start, distance[row], first, pixel[row].sqrt(), gains[row], torch.zeros(len(self.x)))
+
+@patch
+@torch.no_grad()
+def _choose(self: _Refiner, z: torch.Tensor, gains: torch.Tensor) -> Inversion:
+    "Take the best start of each picture, the encoder's own code among them."
+    z, gains = torch.cat([z, self.starts[: len(self.x)]]), torch.cat([gains, torch.ones_like(gains[: len(self.x)])])
+    images = torch.cat([self.draw(a, b) for a, b in zip(z.split(64), gains.split(64))])
+    distance, pixel, loss = self.measure(images)
+    row = loss.view(-1, len(self.x)).argmin(0) * len(self.x) + torch.arange(len(self.x), device=z.device)
+    images_start = self.G(self.z0)
+    first = self.measure(images_start)[0]
+    return Inversion(z[row], self.z0, images[row], images_start, distance[row], first, pixel[row].sqrt(), gains[row], torch.zeros(len(self.x)))
 
 # %% ../nbs/39_invert.ipynb #79f96ca1
 def doubtful(

@@ -126,7 +126,7 @@ def _spread(row: dict) -> str | None:
     sd = f" \u00b1 {row['kid_sd']:.3f}" if row.get("kid_sd") is not None else ""
     return f"{row['kid']:.3f}{sd}" if row else None
 
-
+# %% ../nbs/37_runs.ipynb #c153e846
 def plot_run(
     record: Record,  # from `read_run`
     x: str = "step",  # one of `AXES`

@@ -122,7 +122,7 @@ def fit_view_head(
     weights = _fit_logistic(known @ whiten, labels, decay)
     return ViewHead(mean, torch.cat([basis @ (whiten @ weights[:-1]), weights[-1:]]))
 
-
+# %% ../nbs/16_views.ipynb #0218422a
 def main_directions(
     features: torch.Tensor,  # (2, M, K)
     n: int = 600,  # directions
