@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_command', 'main', 'carproto_demo', 'carproto_train', 'carproto_finetune', 'carproto_compact', 'read_car',
-           'refine', 'carproto_encode', 'read_intensities', 'carproto_blend', 'carproto_evaluate', 'carproto_scrape',
-           'carproto_curate']
+           'refine', 'read_pictures', 'carproto_encode', 'read_intensities', 'carproto_blend', 'carproto_evaluate',
+           'carproto_scrape', 'carproto_curate']
 
 # %% ../nbs/60_cli.ipynb #4fc5d1e7
 import os
@@ -38,7 +38,7 @@ from .metrics import Evaluator
 from .readers import feature_extractor, futurism_scale
 from .route import plan_route
 from .search import search_images
-from .sngan import Generator
+from .sngan import Generator, find_weights
 from .sources import CarConnection
 from .train import Result, best_generator, load_discriminator, train_gan
 from .trainer import TrainConfig
@@ -253,18 +253,42 @@ def refine(
 
 def _usual_error(encoder: str | Path) -> float:
     "Read which error real cars stay below, where the encoder was graded on photos."
-    return load_json(Path(encoder) / "config.json").get("photo_rms_99", 0.35)
+    return load_json(find_weights(encoder) / "config.json").get("photo_rms_99", 0.35)
+
+
+def read_pictures(
+    pictures: str,  # a folder or zip
+    n: int,  # how many, the first ones
+    G: Generator,  # that will draw them
+    E: LatentEncoder,  # gives the start
+    source: str,  # the generator's run or release
+    fit: str,  # how a photo becomes square
+    choices: InvertConfig,  # how to refine
+    usual: float,  # error that a real car stays below
+    run: str,  # folder for codes.json and encoded.jpg
+) -> None:
+    "Read pictures as codes, and show them before and after."
+    cars = open_cars(pictures, G.size, fit=fit, split=None)
+    images, names = to_tensor(cars.images[:n]), [row["file_name"] for row in cars.metadata[:n]]
+    found = refine(images, names, G, E, source, choices, usual)
+    save_json({name: z.tolist() for name, z in zip(names, found.z)}, Path(run) / "codes.json")
+    rows = torch.cat([images, found.images_start, found.images])
+    save_picture(image_grid(rows, n_cols=len(images), row_labels=["picture", "encoded", "refined"]), Path(run) / "encoded.jpg")
+    before, after, seconds = (values.mean() for values in (found.distance_start, found.distance, found.seconds))
+    print(f"perceptual distance {before:.3f} encoded, {after:.3f} refined, {seconds:.2f} s a picture")
+    print(f"codes are in {run}/codes.json, pictures before and after in {run}/encoded.jpg")
 
 # %% ../nbs/60_cli.ipynb #40177ac0
 def carproto_encode(
-    common: str = "runs/common",  # folder of the common cars' run
-    futuristic: str = "",  # folder of its fine-tuned run; with it the encoder reads both kinds
+    common: str = "runs/common",  # folder of the common cars' run, or a release such as real64/common
+    futuristic: str = "",  # folder of its fine-tuned run, or its release; with it the encoder reads both kinds
     run: str = "runs/encoder",  # the encoder's folder; a run that is there goes on
     data: str = "",  # photos of common cars that join the training: a folder or zip, or "toycars"; empty trains on drawn cars only
     concepts: str = "",  # photos of futuristic cars that join the training
     heldout: str = "",  # common cars never trained on, for the grades; empty holds out a tenth of the data
     heldout_concepts: str = "",  # futuristic cars never trained on, for the grades
     pictures: str = "",  # a folder or zip to read afterwards; empty only trains
+    encoder: str = "",  # one that is trained already, a release such as real64 or a folder of this command; it only reads
     kind: str = "common",  # which generator draws the pictures: common or futuristic
     n: int = 16,  # how many of the pictures
     steps: int = 6000,  # of the encoder's training
@@ -280,28 +304,31 @@ def carproto_encode(
     runs = {"common": common, **({"futuristic": futuristic} if futuristic else {})}
     if kind not in runs:
         raise CarprotoError(f"kind {kind!r} is not possible: choose one of {', '.join(runs)}, and give the folder of its run")
+    if encoder and not pictures:
+        raise CarprotoError("an --encoder that is trained already reads --pictures: name a folder or zip of them")
     generators = {name: best_generator(path, "cpu") for name, path in runs.items()}
-    size = generators["common"].size
-    sets = [_open_both(photos, size, fit, unseen) if photos else (None, None) for photos, unseen in ((data, heldout), (concepts, heldout_concepts))]
-    photos, unseen = ([None if cars is None else cars.images for cars in side][: len(runs)] for side in zip(*sets))
+    if encoder:
+        place = Path(encoder) / "encoder"
+        E = load_encoder(place, fingerprint=generators["common"].fingerprint(), device="cpu")
+    else:
+        config, place = EncoderConfig(steps=steps, width=width, imagenet=imagenet, seed=seed), Path(run) / "encoder"
+        E = _train_reader(list(generators.values()), common, run, ((data, heldout), (concepts, heldout_concepts)), fit, config, max_minutes or None)
+    if pictures:
+        choices = InvertConfig(steps=refine_steps, restarts=restarts)
+        read_pictures(pictures, n, generators[kind], E, runs[kind], fit, choices, _usual_error(place), run)
+
+
+def _train_reader(generators: list[Generator], common: str, run: str, places, fit: str, config: EncoderConfig, max_minutes) -> LatentEncoder:
+    "Train an encoder on the pair's cars and on photos, and tell its grades; `places` holds data and held-out data of each kind."
+    sets = [_open_both(photos, generators[0].size, fit, unseen) if photos else (None, None) for photos, unseen in places]
+    photos, unseen = ([None if cars is None else cars.images for cars in side][: len(generators)] for side in zip(*sets))
     eyes = PerceptualDistance(discriminator_maps(load_discriminator(common, "cpu")))
-    config = EncoderConfig(steps=steps, width=width, imagenet=imagenet, seed=seed)
-    result = train_encoder(list(generators.values()), run, config, photos=photos, heldout=unseen, perceptual=eyes, max_minutes=max_minutes or None)
+    result = train_encoder(generators, run, config, photos=photos, heldout=unseen, perceptual=eyes, max_minutes=max_minutes)
     grades = result.grades
     told = f" and {grades['photo_r2']:.0%} of the photos'" if "photo_r2" in grades else ""
     print(f"held-out R2 of the codes {grades['r2']:.3f}; of the variance of held-out drawn cars {grades['image_r2']:.0%}{told} is explained")
     print(f"the encoder is in {run}/encoder; its grades by step are in {run}/stats.jsonl")
-    if pictures:
-        cars = open_cars(pictures, size, fit=fit, split=None)
-        images, names = to_tensor(cars.images[:n]), [row["file_name"] for row in cars.metadata[:n]]
-        choices = InvertConfig(steps=refine_steps, restarts=restarts)
-        found = refine(images, names, generators[kind], result.encoder, runs[kind], choices, _usual_error(Path(run) / "encoder"))
-        save_json({name: z.tolist() for name, z in zip(names, found.z)}, Path(run) / "codes.json")
-        rows = torch.cat([images, found.images_start, found.images])
-        save_picture(image_grid(rows, n_cols=len(images), row_labels=["picture", "encoded", "refined"]), Path(run) / "encoded.jpg")
-        print(f"perceptual distance {found.distance_start.mean():.3f} encoded, {found.distance.mean():.3f} refined, "
-              f"{found.seconds.mean():.2f} s a picture")  # fmt: skip
-        print(f"codes are in {run}/codes.json, pictures before and after in {run}/encoded.jpg")
+    return result.encoder
 
 # %% ../nbs/60_cli.ipynb #6a72e717
 def read_intensities(
@@ -326,9 +353,9 @@ def _own(text: str, n: int, otherwise: list[float], extrapolate: bool) -> list[f
 def carproto_blend(
     car_a: str,  # the car at intensity 0: a picture, or seed:7
     car_b: str,  # the car at intensity 1: a picture, or seed:8
-    common: str = "runs/common",  # folder of the common cars' run
-    futuristic: str = "runs/futuristic",  # folder of its fine-tuned run
-    encoder: str = "",  # folder that carproto_encode made; needed for pictures
+    common: str = "runs/common",  # folder of the common cars' run, or a release such as real64/common
+    futuristic: str = "runs/futuristic",  # folder of its fine-tuned run, or its release
+    encoder: str = "",  # folder that carproto_encode made, or a release such as real64; needed for pictures
     out: str = "runs/blend",  # where the frames go
     intensity: str = "0:1:11",  # first:last:count, or numbers with commas
     code: str = "",  # intensities of the code alone, in the same way; one number holds it still; empty goes with the intensity

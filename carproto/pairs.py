@@ -16,10 +16,11 @@ from fastcore.basics import patch
 from .core import CarprotoError, cache_folder, draw_latents, load_json, to_bytes
 from .dial import embed, reader_maps
 from .encoder import LatentEncoder, load_encoder
-from .losses import PerceptualDistance
+from .losses import PerceptualDistance, discriminator_maps
 from .readers import futurism_scale
 from .sngan import IN_REPOSITORY, find_weights, load_generator
 from .toyreader import toy_reader
+from .train import load_discriminator
 
 # %% ../nbs/48_pairs.ipynb #32671bd6
 @dataclass
@@ -107,18 +108,20 @@ def load_pair(
         pair.usual = load_json(find_weights(f"{name}/encoder") / "config.json").get("photo_rms_99", pair.usual)
     except CarprotoError as error:
         notes.append(f"Pictures cannot be read: {error}.")
-    pair.has_outlines = Path(name).name.startswith("toy")
+    is_toy = pair.has_outlines = Path(name).name.startswith("toy")
     try:
-        if pair.has_outlines:
-            pair.futurism, pair.perceptual = futurism_scale("toys", device="cpu"), PerceptualDistance(reader_maps(toy_reader(quiet=True)))
-        else:
-            pair.futurism = _probe_scale(find_weights(f"{name}/probe"), backbone)
+        maps = reader_maps(toy_reader(quiet=True)) if is_toy else discriminator_maps(load_discriminator(f"{name}/common", "cpu"))
+        pair.perceptual = PerceptualDistance(maps)
+    except CarprotoError as error:
+        notes.append(f"Likeness is measured by pixels: {error}.")
+    try:
+        pair.futurism = futurism_scale("toys", device="cpu") if is_toy else _probe_scale(find_weights(f"{name}/probe"), backbone)
     except CarprotoError as error:
         notes.append(f"Futurism is not measured: {error}.")
     pair.note = " ".join(notes)
     return pair
 
-
+# %% ../nbs/48_pairs.ipynb #da8f9faa
 def _probe_scale(folder: Path, backbone: str | Path | None) -> Callable[[torch.Tensor], torch.Tensor]:
     "Make a measure of futurism from a saved probe: 0 where held-out common cars are on average, 1 where concept cars are."
     scale = futurism_scale(folder, backbone, device="cpu")

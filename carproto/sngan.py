@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RELEASES', 'SOURCE', 'IN_REPOSITORY', 'Generator', 'Discriminator', 'measure_statistics', 'save_generator',
-           'read_weights', 'find_weights', 'load_generator']
+           'save_discriminator', 'read_weights', 'find_weights', 'load_generator']
 
 # %% ../nbs/21_sngan.ipynb #e3f9f9fe
 import hashlib
@@ -129,13 +129,25 @@ def save_generator(
     about: dict | None = None,  # further JSON entries: data, steps, metrics
 ) -> Path:  # the folder
     "Write a generator as safetensors and config.json."
-    folder = Path(folder)
-    state = {k: v.detach().cpu().contiguous() for k, v in G.state_dict().items() if not k.endswith("num_batches_tracked")}
-    if half:
-        state = {k: v.half() for k, v in state.items()}
+    return _write_net(G, Path(folder), half, {"kind": "generator", **G.config(), **(about or {})})
+
+
+def save_discriminator(
+    D: Discriminator,  # of a training that has ended
+    folder: str | Path,  # made if missing; files in it are replaced
+    *,
+    half: bool = False,  # store the weights as fp16
+) -> Path:  # the folder
+    "Write a discriminator, whose eye for cars refinement needs, as safetensors and config.json."
+    return _write_net(D, Path(folder), half, {"kind": "discriminator", "size": D.size, "width": D.width})
+
+
+def _write_net(net: nn.Module, folder: Path, half: bool, told: dict) -> Path:
+    "Write weights, and then what they are."
+    state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(state, temporary)
-    save_json({"format": _FORMAT, "kind": "generator", **G.config(), **(about or {})}, folder / "config.json")
+        save_file({k: v.half() for k, v in state.items()} if half else state, temporary)
+    save_json({"format": _FORMAT, **told}, folder / "config.json")
     return folder
 
 
@@ -162,6 +174,7 @@ def read_weights(
 
 # %% ../nbs/21_sngan.ipynb #0ae999ee
 RELEASES = tuple(f"{name}/{part}" for name in ("toy32", "toy64", "real64") for part in ("common", "futuristic", "encoder"))
+RELEASES += tuple(f"{name}/{part}/discriminator" for name in ("toy64", "real64") for part in ("common", "futuristic"))
 SOURCE = "https://raw.githubusercontent.com/carproto/carproto/main/data"  # where the repository's data/ can be read
 IN_REPOSITORY = Path(__file__).resolve().parents[1] / "data" if "__file__" in globals() else Path("../data").resolve()
 

@@ -33,7 +33,7 @@ from carproto.core import (
     to_tensor,
 )
 from .processes import Processes
-from .sngan import Discriminator, Generator, load_generator, save_generator
+from .sngan import Discriminator, Generator, find_weights, load_generator, read_weights, save_generator
 from .trainer import TrainConfig, Trainer
 from .viz import image_grid, save_picture
 
@@ -346,22 +346,28 @@ def _variety(images: torch.Tensor) -> float:
 
 # %% ../nbs/34_train.ipynb #25d47a95
 def best_generator(
-    run_dir: str | Path,  # a run's folder
+    run_dir: str | Path,  # a run's folder, or the name of a release such as "toy64/common"
     device: str | None = None,  # None takes the best at hand
 ) -> Generator:  # with the lowest held-out KID, or the last one where none was measured
     "Load the generator that a run is remembered for."
     for name in ("best", "final"):
         if (Path(run_dir) / name / "config.json").exists():
             return load_generator(Path(run_dir) / name, device)
+    if ((kept := find_weights(run_dir)) / "model.safetensors").exists():
+        return load_generator(kept, device)
     raise CarprotoError(f"{run_dir} holds no generator yet: let the run reach its first report")
 
 # %% ../nbs/34_train.ipynb #2d31c217
 def load_discriminator(
-    run_dir: str | Path,  # a run's folder
+    run_dir: str | Path,  # a run's folder, or the name of a release such as "toy64/common"
     device: str | None = None,  # None takes the best at hand
 ) -> Discriminator:  # as it was at the newest checkpoint, in eval mode, gradients off
     "Load a run's discriminator, for its eye for cars."
-    device = pick_device(device)
+    device, kept = pick_device(device), find_weights(f"{run_dir}/discriminator")
+    if (kept / "config.json").exists():
+        told = load_json(kept / "config.json")
+        D = read_weights(Discriminator(told["size"], told["width"]), kept / "model.safetensors")
+        return D.eval().requires_grad_(False).to(device)
     state = load_checkpoint(Path(run_dir) / "checkpoints", device)
     if state is None:
         raise CarprotoError(f"{run_dir} holds no checkpoint: give the folder of a training run")

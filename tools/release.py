@@ -11,8 +11,8 @@ from pathlib import Path
 from carproto.core import CarprotoError, load_json, save_json
 from carproto.encode import grade_encoder
 from carproto.encoder import load_encoder, save_encoder
-from carproto.sngan import load_generator, save_generator
-from carproto.train import best_generator
+from carproto.sngan import load_generator, save_discriminator, save_generator
+from carproto.train import best_generator, load_discriminator
 
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
 PLACES = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
@@ -20,10 +20,11 @@ LIMIT_MB = 20
 
 
 def release_generator(run: Path, folder: Path) -> None:
-    """Store the generator that a run is remembered for."""
+    """Store the generator that a run is remembered for, and the discriminator, whose eye refinement needs."""
     place = "best" if (run / "best").exists() else "final"
     told = load_json(run / place / "config.json")
     save_generator(best_generator(run, "cpu"), folder, half=True, about={k: told[k] for k in ("steps", "kid") if k in told})
+    save_discriminator(load_discriminator(run, "cpu"), folder / "discriminator", half=True)
 
 
 def release_encoder(run: Path, folder: Path, generators: list) -> None:
