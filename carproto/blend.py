@@ -146,6 +146,7 @@ def blend_frames(
     code: bool | Sequence[float] = True,  # whether the code moves; n numbers are its own intensities
     generator: bool | Sequence[float] | torch.Tensor = True,  # whether the generator moves; n numbers, or n pairs, are its own intensities
     levels: Sequence[float] | None = None,  # share of the generator's intensity for each resolution: 4, 8, ... size; None means 1
+    gains: Sequence[torch.Tensor | None] = (None, None),  # (n_gains,) of either car, as `invert` finds them, that fade into each other; None is 1
     mode: str = "norm",  # the path between the codes, one of `MODES`
     extrapolate: bool = False,  # allow intensities outside [0, 1]
 ) -> torch.Tensor:  # float (n, 3, size, size) in [-1, 1]
@@ -162,11 +163,20 @@ def blend_frames(
     shares = check_intensities([1.0] * (len(common.blocks) + 1) if levels is None else levels, extrapolate=extrapolate).tolist()
     device = next(common.parameters()).device
     codes = blend_latents(*(z.to(device).reshape(1, -1).expand(len(both), -1) for z in (z_a, z_b)), w_code.to(device), mode)
+    reads = (codes,) if gains[0] is gains[1] is None else (codes, _fade_gains(common, gains, w_code.to(device)))
     # functional_call swaps weights in place, and a panel may draw from two threads: a copy of the layers that shares the tensors
     own = copy.deepcopy(common, {id(tensor): tensor for tensor in (*common.parameters(), *common.buffers())})
     frames = torch.empty(len(both), 3, common.size, common.size, device=device)
     for row in w_generator.unique(dim=0):
         chosen, w = (w_generator == row).all(1).to(device), [row[0 if level < _N_STRUCTURE else -1].item() for level in range(len(shares))]
         state = blend_state(common, futuristic, [own_w * share for own_w, share in zip(w, shares)])
-        frames[chosen] = functional_call(own, state, (codes[chosen],))
+        frames[chosen] = functional_call(own, state, tuple(value[chosen] for value in reads))
     return frames
+
+# %% ../nbs/40_blend.ipynb #4d0eb02a
+def _fade_gains(G: Generator, gains: Sequence[torch.Tensor | None], w: torch.Tensor) -> torch.Tensor:
+    "Interpolate the gains of two cars, (n, n_gains)."
+    ends = [torch.ones(G.n_gains, device=w.device) if own is None else own.to(w.device) for own in gains]
+    if any(end.shape != (G.n_gains,) for end in ends):
+        raise CarprotoError(f"gains of {len(ends[0])} and {len(ends[1])} numbers are not of this generator, which takes {G.n_gains}")
+    return torch.lerp(*ends, w[:, None])

@@ -34,6 +34,8 @@ class Journey:
     car_b: str = ""  # where the second car came from
     common: str = ""  # fingerprint of the common generator
     futuristic: str = ""  # fingerprint of the futuristic generator
+    gains_a: list[float] | None = None  # factors on the channels for the first car, as `invert` finds them; None means 1
+    gains_b: list[float] | None = None  # for the second car
     shown: int | None = None  # number of the frame that was on view; None where all were
 
     def draw(
@@ -58,7 +60,8 @@ class Journey:
         if not len(a) == len(b) == common.z_dim:
             raise CarprotoError(f"this recipe has codes of {len(a)} and {len(b)} numbers, the generators read {common.z_dim}")
         code, generator = ([values[i] for i in numbers] for values in (self.code, self.generator))
-        ways = {"code": code, "generator": generator, "levels": self.levels, "mode": self.mode}
+        gains = [None if own is None else torch.tensor(own) for own in (self.gains_a, self.gains_b)]
+        ways = {"code": code, "generator": generator, "levels": self.levels, "gains": gains, "mode": self.mode}
         return blend_frames(common, futuristic, a, b, code, extrapolate=True, **ways)
 
     def generator_at(
@@ -90,8 +93,9 @@ def read_journey(
         raise CarprotoError(f"{name} is no recipe of a blend: it needs {', '.join(lists[:-1])} and labels")
     are_pairs = isinstance(told["generator"], list) and all(_are_numbers(pair) and len(pair) == 2 for pair in told["generator"])
     plain = [told[key] for key in lists if not (key == "generator" and are_pairs)]
-    if not all(map(_are_numbers, plain)) or not (told.get("levels") is None or _are_numbers(told["levels"])):
-        raise CarprotoError(f"{name} is broken: codes, intensities and labels are lists of numbers")
+    plain += [told[key] for key in ("levels", "gains_a", "gains_b") if told.get(key) is not None]
+    if not all(map(_are_numbers, plain)):
+        raise CarprotoError(f"{name} is broken: codes, intensities, gains and labels are lists of numbers")
     n, shown = len(told["code"]), told.get("shown")
     if {len(told["generator"]), len(told["labels"])} != {n} or told.get("mode", "norm") not in MODES:
         raise CarprotoError(f"{name} is broken: code, generator and labels are of one length, mode is one of {', '.join(MODES)}")

@@ -53,11 +53,11 @@ def fit_probe(folder: Path, arguments: argparse.Namespace, size: int) -> None:
     probe.save(folder)
 
 
-def read_cars(images: torch.Tensor, n: int, G, E, eye: PerceptualDistance) -> torch.Tensor:
-    """Return the codes (n, z_dim) of held-out cars, kept on the shell where codes lie; a small set is gone through more than once."""
+def read_cars(images: torch.Tensor, n: int, G, E, eye: PerceptualDistance, use_gains: bool = False) -> list[tuple]:
+    """Return code and gains of held-out cars, codes kept on the shell where they lie; a small set is gone through more than once."""
     order = torch.cat([torch.randperm(len(images), generator=seeded(i)) for i in range(-(-n // len(images)))])[:n]
-    found = invert(to_tensor(images[order]), G, E, perceptual=eye, config=InvertConfig(steps=60, norm_slack=0.049))
-    return found.z
+    found = invert(to_tensor(images[order]), G, E, perceptual=eye, config=InvertConfig(steps=60, norm_slack=0.049, use_gains=use_gains))
+    return list(zip(found.z, found.gains if use_gains else [None] * n))
 
 
 def main() -> None:
@@ -90,7 +90,9 @@ def main() -> None:
         heldout, concepts = (open_cars(path, common.size, split=None).images for path in (arguments.heldout, arguments.concepts))
         scale = futurism_scale(arguments.probe, arguments.backbone)
         extractor = feature_extractor(arguments.backbone, size=arguments.extractor_size)
-    z_a, z_b = read_cars(heldout, arguments.n, common, E, eye), read_cars(concepts, arguments.n, futuristic, E, eye)
+    sides = (heldout, common), (concepts, futuristic)
+    plain, closer = ([read_cars(images, arguments.n, G, E, eye, use_gains) for images, G in sides] for use_gains in (False, True))
+    z_a, z_b = ([code for code, _ in cars] for cars in plain)
     with torch.no_grad():
         apart = draw_latents(128, common.z_dim, seed=5)
         reference = eye(common(apart[:64]), common(apart[64:])).mean().item()
@@ -98,16 +100,16 @@ def main() -> None:
     def frames_of(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, options: dict, mode: str) -> torch.Tensor:
         return blend_frames(common, futuristic, a, b, w, mode=mode, **options)
 
-    def measure(name: str, options: dict, mode: str, planned: str = "") -> dict:
+    def measure(name: str, options: dict, mode: str, planned: str = "", cars: list = plain) -> dict:
         paths, shares = [], []
-        for a, b in zip(tqdm(z_a, desc=name, unit="pair"), z_b):
-            w, own = POSITIONS, options
+        for (a, gains_a), (b, gains_b) in zip(tqdm(cars[0], desc=name, unit="pair"), cars[1]):
+            w, own = POSITIONS, {**options, "gains": (gains_a, gains_b)}
             if planned == "dial":
                 dial = calibrate(lambda raw: frames_of(a, b, raw, {}, mode), scale, n=25, perceptual=eye)  # noqa: B023 - called at once
                 w, _ = dial(POSITIONS), shares.append(dial.share)
             elif planned == "route":
-                both = plan_route(lambda c, g: frames_of(a, b, c, {"code": c, "generator": g}, mode), scale, perceptual=eye)(POSITIONS)  # noqa: B023
-                w, own = both[0], dict(zip(("code", "generator"), both))
+                both = plan_route(lambda c, g: frames_of(a, b, c, {**own, "code": c, "generator": g}, mode), scale, perceptual=eye)(POSITIONS)  # noqa: B023
+                w, own = both[0], {**own, **dict(zip(("code", "generator"), both))}
             moving = torch.zeros(len(w)) if options.get("code") is False else w
             paths.append((frames_of(a, b, w, own, mode), blend_latents(a, b, moving, mode)))
         found = measure_paths(paths, futurism=scale, perceptual=eye, reference=reference)
@@ -118,6 +120,7 @@ def main() -> None:
         ways = {name: measure(name, *way) for name, way in WAYS.items()}
         ways["norm, calibrated"] = measure("norm, calibrated", {}, "norm", "dial")
         ways["norm, routed"] = measure("norm, routed", {}, "norm", "route")
+        ways["norm, routed, with gains"] = measure("norm, routed, with gains", {}, "norm", "route", closer)
     lengths = {}
     for mode in ("lerp", "slerp", "norm"):
         draws = [lambda w, a=a, b=b, mode=mode: frames_of(a, b, w, {}, mode) for a, b in zip(z_a[:100], z_b[:100])]
