@@ -221,16 +221,18 @@ def read_car(
     fit: str,  # how a photo becomes square
     choices: InvertConfig,  # how to refine
     usual: float,  # error that a real car stays below
-) -> torch.Tensor:  # (z_dim,)
-    "Return the code of a car; raise `CarprotoError` for what is neither a picture nor a seed."
+    plain: bool = False,  # no gains
+) -> tuple[list[float], list[float] | None]:  # the code, and gains unless it is a seed
+    "Read a car; raise `CarprotoError` for what is neither a picture nor a seed."
     if car.startswith("seed:"):
         if not car[5:].isdigit():
             raise CarprotoError(f"{car!r} is no seed: write a whole number, such as seed:7")
-        return draw_latents(1, G.z_dim, seed=int(car[5:]))[0]
+        return draw_latents(1, G.z_dim, seed=int(car[5:]))[0].tolist(), None
     if E is None:
         raise CarprotoError(f"to read {car}, an encoder is needed: give --encoder, the folder that carproto_encode made")
     image = to_tensor(fit_square(open_picture(car), G.size, fit))
-    return refine(image, [car], G, E, run, choices, usual).z[0]
+    found = refine(image, [car], G, E, run, choices, usual, use_gains=not plain)
+    return found.z[0].tolist(), None if plain else found.gains[0].tolist()
 
 
 def refine(
@@ -241,6 +243,8 @@ def refine(
     run: str,  # of the generator
     choices: InvertConfig,  # how to refine
     usual: float,  # error that a real car stays below
+    *,
+    use_gains: bool = False,  # refine gains too, in a second round
 ) -> Inversion:  # codes and drawings
     "Invert pictures with the eye of the run's own discriminator, and name those that look like no car."
     eyes = PerceptualDistance(discriminator_maps(load_discriminator(run, "cpu")))
@@ -248,7 +252,7 @@ def refine(
     for i in doubtful(found, usual):
         print(f"note: {names[i]} is drawn again with an error of {found.rms[i]:.2f}, where 99 of 100 cars stay below {usual:.2f} (root mean square "
               "of [-1, 1]); is it a car, and of a view that was trained?", file=sys.stderr)  # fmt: skip
-    return found
+    return invert(images, G, z_start=found.z, perceptual=eyes, config=replace(choices, use_gains=True)) if use_gains else found
 
 
 def _usual_error(encoder: str | Path) -> float:
@@ -367,6 +371,7 @@ def carproto_blend(
     recipe: str = "",  # draw a recipe.json again; the cars and the ways are in it
     fit: str = "squash",  # how a photo becomes square: squash, crop or letterbox
     refine_steps: int = 200,  # of each picture's refinement
+    plain: bool = False,  # read pictures as codes alone; otherwise also as gains of the generator, which come much closer to the picture
     extrapolate: bool = False,  # allow intensities outside 0 to 1
 ):
     "Blend two cars along an intensity: a strip, frames, a GIF, a WebP and a recipe."
@@ -380,9 +385,10 @@ def carproto_blend(
         usual = _usual_error(Path(encoder) / "encoder") if encoder else 0.35
         choices = InvertConfig(steps=refine_steps, norm_slack=0.05)
         ends = zip((car_a, car_b), generators, (common, futuristic))
-        z_a, z_b = (read_car(car, G, E, path, fit, choices, usual).tolist() for car, G, path in ends)
+        (z_a, gains_a), (z_b, gains_b) = (read_car(car, G, E, path, fit, choices, usual, plain) for car, G, path in ends)
         steps = check_intensities(read_intensities(intensity), extrapolate=extrapolate).tolist()
         ways = {"levels": read_intensities(levels).tolist() if levels else None, "mode": mode, "car_a": car_a, "car_b": car_b}
+        ways |= {"gains_a": gains_a, "gains_b": gains_b}
         prints = {"common": generators[0].fingerprint(), "futuristic": generators[1].fingerprint()}
         own = [_own(text, len(steps), steps, extrapolate) for text in (code, generator)]
         if calibrate_by:

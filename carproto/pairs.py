@@ -38,6 +38,7 @@ class CarPair:
     usual: float = 0.35  # error that a picture of a car stays below when it is drawn again, in units of [-1, 1]
     note: str = ""  # what a user should know
     cars: list[tuple[str, torch.Tensor]] = field(init=False)  # names and codes; uploaded ones join them
+    gains: dict[int, torch.Tensor] = field(init=False, default_factory=dict)  # (n_gains,) of the cars that were read with some
     pictures: dict[int, torch.Tensor] = field(init=False, default_factory=dict)  # cars as the common generator draws them
 
     def __post_init__(self):
@@ -55,12 +56,16 @@ class CarPair:
 
 # %% ../nbs/48_pairs.ipynb #cf8fce9f
 @patch
-def add(self: CarPair, name: str, code: Sequence[float]) -> int:
-    "Return the place of a code among the cars, appending it under a name of its own when it is new."
-    code, known = torch.tensor(code, dtype=torch.float32), [label for label, _ in self.cars]
+def add(self: CarPair, name: str, code: Sequence[float], gains: Sequence[float] | None = None) -> int:
+    "Return the place of a code, with its gains, among the cars, appending it under a name of its own when it is new."
+    code, gains = (None if values is None else torch.tensor(values, dtype=torch.float32) for values in (code, gains))
+    known = [label for label, _ in self.cars]
     for i, (_, other) in enumerate(self.cars):
-        if torch.equal(code, other):
+        own = self.gains.get(i)
+        if torch.equal(code, other) and (own is gains is None or None not in (own, gains) and torch.equal(own, gains)):
             return i
+    if gains is not None:
+        self.gains[len(self.cars)] = gains
     name = name[:24] or "car"
     self.cars.append((next(n for n in [name, *(f"{name} {k}" for k in range(2, len(known) + 3))] if n not in known), code))
     return len(self.cars) - 1
@@ -73,7 +78,10 @@ def look(self: CarPair, numbers: Sequence[int]) -> torch.Tensor:
     missing = [i for i in numbers if i not in self.pictures]
     if missing:
         device = next(self.common.parameters()).device
-        images = to_bytes(self.common(torch.stack([self.cars[i][1] for i in missing]).to(device)))
+        reads = [torch.stack([self.cars[i][1] for i in missing])]
+        if any(i in self.gains for i in missing):
+            reads.append(torch.stack([self.gains.get(i, torch.ones(self.common.n_gains)) for i in missing]))
+        images = to_bytes(self.common(*(values.to(device) for values in reads)))
         self.pictures |= dict(zip(missing, images))
     return torch.stack([self.pictures[i] for i in numbers])
 

@@ -128,7 +128,7 @@ class IntensityStudio(StudioPanel):
         usual: float = 0.35,  # error that a picture of a car stays below when it is drawn again, in units of [-1, 1]
         note: str = "",  # a line to show at the start
         measures: Mapping[str, Callable[[torch.Tensor], Sequence[float]]] | None = None,  # further curves, name: images -> n numbers
-        refinement: InvertConfig | None = None,  # how an uploaded picture's code is refined; None takes 100 steps
+        refinement: InvertConfig | None = None,  # how an uploaded picture is read; None takes 100 steps, with gains
         n_frames: int = 41,  # frames on the path
         folder: str | Path = ".",  # where the buttons save
         photos: str | Path = "",  # a folder or zip whose pictures can be chosen too; the panel can open others
@@ -137,7 +137,7 @@ class IntensityStudio(StudioPanel):
             raise CarprotoError(f"{n_frames} frames are no path: take 3 or more")
         pair = CarPair(common, futuristic, z, names, encoder, futurism, perceptual, has_outlines, usual, note)
         self.n_frames, self.folder, self.measures = n_frames, Path(folder), dict(measures or {})
-        self.refinement = refinement or InvertConfig(steps=100)
+        self.refinement = refinement or InvertConfig(steps=100, use_gains=True)
         self.measured, self._loaders, self._quiet, self._is_reading, self._told, self._listed = {}, {}, False, False, None, None
         super().__init__()
         self.pair_list.layout.display = "none"
@@ -228,6 +228,8 @@ def _plan(self: IntensityStudio, raw: Sequence[float] | None = None) -> Journey:
     code = labels if raw is None else list(raw)
     generator = code if self.follow.value else [self.generator.value] * len(code)
     words = {"mode": self.mode.value, "car_a": name_a, "car_b": name_b}
+    for end, control in (("gains_a", self.car_a), ("gains_b", self.car_b)):
+        words[end] = self.pair.gains[control.value].tolist() if control.value in self.pair.gains else None
     return Journey(z_a.tolist(), z_b.tolist(), code, generator, labels, **words, **dict(zip(("common", "futuristic"), self.pair.fingerprints)))
 
 
@@ -513,7 +515,7 @@ def load(
                 self.pair_list.value = next(name for name in self._loaders if self._loaders[name]() is pair)
                 self._take(pair)
             names = [Path(name).stem or f"car of {day}" for name, day in ((journey.car_a, "today"), (journey.car_b, "tomorrow"))]
-            self._list_cars(pair.add(names[0], journey.code_a), pair.add(names[1], journey.code_b))
+            self._list_cars(pair.add(names[0], journey.code_a, journey.gains_a), pair.add(names[1], journey.code_b, journey.gains_b))
             self.mode.value, self.follow.value = journey.mode, journey.generator == journey.code
             self.generator.value = min(max(journey.generator_at(0), 0.0), 1.0)
             self.equal.value = journey.code != journey.labels and pair.futurism is not None
@@ -539,16 +541,18 @@ def add_car(
     self: IntensityStudio,
     name: str,  # what to call it
     code: torch.Tensor | Sequence[float],  # (z_dim,)
+    gains: torch.Tensor | Sequence[float] | None = None,  # (n_gains,), see `invert`; None means 1
     *,
     day: str = "today",  # whose car it becomes: "today" or "tomorrow"
 ) -> None:
     "Put a car into the lists and choose it."
-    code, z_dim = [float(value) for value in code], self.pair.common.z_dim
-    if len(code) != z_dim:
-        raise CarprotoError(f"a code of {len(code)} numbers is no car of these generators: they read {z_dim}")
+    code, gains = (None if values is None else [float(value) for value in values] for values in (code, gains))
+    z_dim = self.pair.common.z_dim
+    if len(code) != z_dim or (gains is not None and len(gains) != self.pair.common.n_gains):
+        raise CarprotoError(f"a code of {len(code)} numbers is no car of these generators: they read {z_dim}; gains fit no other generators either")
     with self._lock:
         with self._quietly():
-            i = self.pair.add(name, code)
+            i = self.pair.add(name, code, gains)
             self._list_cars(*((self.car_a.value, i) if day == "tomorrow" else (i, self.car_b.value)))
         self._new_path()
 
@@ -600,8 +604,10 @@ def add_picture(
 # %% ../nbs/50_studio.ipynb #bf39fc18
 @patch
 def _read(self: IntensityStudio, pair: CarPair, picture: Image.Image, name: str, day: str, hand_over: Callable) -> None:
-    "Find the code of a picture, and hand the end over to the thread that asked."
-    own, steps = copy.deepcopy(pair.common), self.refinement.steps
+    "Find the code of a picture, then its gains, and hand the end over to the thread that asked."
+    own, parts = copy.deepcopy(pair.futuristic if day == "tomorrow" else pair.common), [replace(self.refinement, use_gains=False)]
+    parts += [self.refinement] * self.refinement.use_gains
+    steps = len(parts) * self.refinement.steps
     drawn = iter(range(1_000_000))
 
     def count(*_):
@@ -611,32 +617,36 @@ def _read(self: IntensityStudio, pair: CarPair, picture: Image.Image, name: str,
 
     own.register_forward_hook(count)
     try:
-        found = invert(to_tensor(picture), own, pair.encoder, config=self.refinement, quiet=True)
+        found = []
+        for part in parts:
+            start = found[0].z if found else None
+            found.append(invert(to_tensor(picture), own, pair.encoder, perceptual=pair.perceptual, z_start=start, config=part, quiet=True))
         hand_over(lambda: self._guarded(self._arrive, pair, name, day, found))
     except Exception as error:
         hand_over(lambda error=error: self._guarded(self._arrive, pair, name, day, error))
 
 # %% ../nbs/50_studio.ipynb #399e0429
 @patch
-def _arrive(self: IntensityStudio, pair: CarPair, name: str, day: str, found: Inversion | Exception) -> None:
-    "Put a car that was read into the lists and on view."
+def _arrive(self: IntensityStudio, pair: CarPair, name: str, day: str, found: list[Inversion] | Exception) -> None:
+    "Put a car that was read, as a code and perhaps with gains, into the lists and on view."
     self._is_reading, self.photo.disabled = False, False
     self._progress(None)
     if isinstance(found, Exception):
         raise found
-    rms = found.rms[0].item()
+    rms, last = found[0].rms[0].item(), found[-1]
+    car = last.z[0].tolist(), last.gains[0].tolist() if len(found) > 1 else None
     if pair is self.pair:
-        self.add_car(name, found.z[0], day=day)
+        self.add_car(name, *car, day=day)
     else:  # another pair was chosen meanwhile
-        pair.add(name, found.z[0].tolist())
-    if doubtful(found, pair.usual):
+        pair.add(name, *car)
+    if doubtful(found[0], pair.usual):
         self.say(
             f"{name} is drawn again with an error of {rms:.2f}, where 99 of 100 cars stay below {pair.usual:.2f}: is it a car, and of a view "
             "that was trained?",
             tone="warning",
         )
     else:
-        self.say(f"{name} is read, and drawn again with an error of {rms:.2f} (root mean square of [-1, 1]).")
+        self.say(f"{name} is read, and drawn again with an error of {last.rms[0]:.2f} (root mean square of [-1, 1]).")
 
 
 @patch
