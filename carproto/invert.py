@@ -30,6 +30,7 @@ class InvertConfig:
     norm_slack: float | None = None  # how far the norm may lie from sqrt(z_dim), as a share; None anywhere
     restarts: int = 1  # starts for each picture, of which the best is kept; the first is the encoder's
     use_gains: bool = False  # also refine a factor for each channel of each block of the generator
+    gain_weight: float = 10.0  # pull of the gains towards 1, for their mean squared distance from it
     patience: int = 0  # stop when no picture of a batch improved by 0.1 % for so many steps; 0 never
     batch: int = 32  # pictures refined together
     precision: str = "auto"  # "bf16", "fp32", or "auto": what the hardware computes fastest
@@ -141,9 +142,9 @@ def run(self: _Refiner, bar) -> Inversion:
             best_z, best_gains = (torch.where(better[:, None], new, old) for new, old in ((z, best_z), (gains, best_gains)))
         if config.patience and waited >= config.patience:
             break
-        prior = (z.norm(dim=1) / self.G.z_dim**0.5 - 1).square()
+        prior = config.prior_weight * (z.norm(dim=1) / self.G.z_dim**0.5 - 1).square() + config.gain_weight * (gains - 1).square().mean(1)
         optimizer.zero_grad()
-        (loss + config.prior_weight * prior).sum().backward()
+        (loss + prior).sum().backward()
         optimizer.step()
         with torch.no_grad():
             z.copy_(self._onto_shell(z))
