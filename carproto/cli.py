@@ -221,8 +221,8 @@ def read_car(
     fit: str,  # how a photo becomes square
     choices: InvertConfig,  # how to refine
     usual: float,  # error that a real car stays below
-    plain: bool = False,  # no gains
-) -> tuple[list[float], list[float] | None]:  # the code, and gains unless it is a seed
+    gains: bool = False,  # read it as gains too
+) -> tuple[list[float], list[float] | None]:  # the code, and gains where they are wanted
     "Read a car; raise `CarprotoError` for what is neither a picture nor a seed."
     if car.startswith("seed:"):
         if not car[5:].isdigit():
@@ -231,8 +231,8 @@ def read_car(
     if E is None:
         raise CarprotoError(f"to read {car}, an encoder is needed: give --encoder, the folder that carproto_encode made")
     image = to_tensor(fit_square(open_picture(car), G.size, fit))
-    found = refine(image, [car], G, E, run, choices, usual, use_gains=not plain)
-    return found.z[0].tolist(), None if plain else found.gains[0].tolist()
+    found = refine(image, [car], G, E, run, choices, usual, use_gains=gains)
+    return found.z[0].tolist(), found.gains[0].tolist() if gains else None
 
 
 def refine(
@@ -371,7 +371,7 @@ def carproto_blend(
     recipe: str = "",  # draw a recipe.json again; the cars and the ways are in it
     fit: str = "squash",  # how a photo becomes square: squash, crop or letterbox
     refine_steps: int = 200,  # of each picture's refinement
-    plain: bool = False,  # read pictures as codes alone; otherwise also as gains of the generator, which come much closer to the picture
+    gains: bool = False,  # read pictures as gains of the generator too: much closer to the picture, but the future rises a little less evenly
     extrapolate: bool = False,  # allow intensities outside 0 to 1
 ):
     "Blend two cars along an intensity: a strip, frames, a GIF, a WebP and a recipe."
@@ -385,7 +385,7 @@ def carproto_blend(
         usual = _usual_error(Path(encoder) / "encoder") if encoder else 0.35
         choices = InvertConfig(steps=refine_steps, norm_slack=0.05)
         ends = zip((car_a, car_b), generators, (common, futuristic))
-        (z_a, gains_a), (z_b, gains_b) = (read_car(car, G, E, path, fit, choices, usual, plain) for car, G, path in ends)
+        (z_a, gains_a), (z_b, gains_b) = (read_car(car, G, E, path, fit, choices, usual, gains) for car, G, path in ends)
         steps = check_intensities(read_intensities(intensity), extrapolate=extrapolate).tolist()
         ways = {"levels": read_intensities(levels).tolist() if levels else None, "mode": mode, "car_a": car_a, "car_b": car_b}
         ways |= {"gains_a": gains_a, "gains_b": gains_b}
