@@ -152,6 +152,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100, help="generator steps of a cell")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--depths", type=int, nargs="+", help="numbers of frozen blocks; all without it")
+    parser.add_argument("--full", action="store_true", help="only with DiffAugment and LeCam both, for a long run")
+    parser.add_argument("--record", help="name of the record; freezed_toys or freezed_photos without it")
     parser.add_argument("--out", type=Path, default=Path("data/records"))
     arguments = parser.parse_args(argv)
     if arguments.name == "photos" and not (arguments.concepts and arguments.heldout and arguments.backbone):
@@ -175,7 +178,7 @@ def run_study(arguments: argparse.Namespace) -> Study:
         "n_fake": arguments.n_fake, "n_statistics": N_STATISTICS,
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments.out / f"freezed_{arguments.name}.jsonl", choices)
+    study = Study(arguments.out / f"{arguments.record or 'freezed_' + arguments.name}.jsonl", choices)
     judge = Judge(heldout, concepts, extractor, arguments.n_fake, reader)
 
     def start(seed: int, depth: int, augment: bool, lecam: bool) -> Trainer:
@@ -188,8 +191,8 @@ def run_study(arguments: argparse.Namespace) -> Study:
         real = judge.measure_cars(concepts[: arguments.n_fake])
         real = {name: value for name, value in real.items() if name not in ("kid_train", "copy_rate")}  # these are the training cars
         study.begin(precision=first.precision, fused=fused, before=judge.measure(first), real=real)
-    depths = range(ancestor.size.bit_length() - 1)
-    grid = itertools.product(arguments.seeds, depths, (True, False), (True, False))
+    depths, with_or_without = arguments.depths or range(ancestor.size.bit_length() - 1), (True,) if arguments.full else (True, False)
+    grid = itertools.product(arguments.seeds, depths, with_or_without, with_or_without)
     cells = [dict(zip(("seed", "depth", "augment", "lecam"), place)) for place in grid]
     cells = [cell for cell in cells if study.lacks(cell)]
     with tqdm(total=len(cells) * arguments.steps, desc=f"FreezeD on {arguments.name}", unit="step", dynamic_ncols=True) as bar:
