@@ -232,7 +232,9 @@ def count_reasons(
 
 def _kind(reason: str) -> str:
     "Name the kind of a reason, without its numbers and names."
-    return reason if reason.startswith("view") else reason.split(" (")[0].split(" of ")[0]
+    if reason.startswith("near-duplicate"):
+        return "near-duplicate"
+    return reason if reason.startswith("view") else reason.split(" (")[0]
 
 
 def contact_sheet(
