@@ -18,7 +18,7 @@ from fastcore.basics import patch
 
 from .core import CarprotoError, progress
 from .fetch import Fetcher
-from .guard import FetchError, clean_url, read_picture
+from .guard import FetchError, clean_url, read_picture, recorded
 from .manifest import Manifest, Record, export_url_list, lock_folder, read_manifest, write_data_card  # noqa: F401
 
 # %% ../nbs/10_crawl.ipynb #3ad93b69
@@ -59,6 +59,12 @@ def _store(content: bytes, path: Path) -> None:
 
 
 def _bring(url: str, manifest: Manifest, fetcher: Fetcher) -> tuple[Path, dict]:
+    "Bring one picture; whatever goes wrong with it is recorded, and the crawl goes on."
+    with recorded(url):
+        return _take_over(url, manifest, fetcher)
+
+
+def _take_over(url: str, manifest: Manifest, fetcher: Fetcher) -> tuple[Path, dict]:
     "Take over a picture that lies in the folder without a line, or fetch it; return where it is, and its facts."
     stem = sha256(url.encode()).hexdigest()[:24]
     path = manifest.lineless.get(stem)
@@ -127,7 +133,8 @@ def sort(
             raise record
         if not record.url:
             raise FetchError("its source gives no address of the picture", record.page)
-        url = clean_url(record.url, record.page)
+        with recorded(str(record.url)[:200]):
+            url = clean_url(record.url, record.page)
     except FetchError as error:
         self.note(error, getattr(record, "page", ""))
         return None

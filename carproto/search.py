@@ -7,8 +7,10 @@ __all__ = ['Page', 'SOURCES', 'read_commons', 'search_commons', 'read_openverse'
            'render_page', 'search_google', 'ImageSearch', 'search_images']
 
 # %% ../nbs/09_search.ipynb #125c8725
+import asyncio
 import json
 import re
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +19,8 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, urlencode
 
 from .core import CarprotoError
-from .fetch import Fetcher
-from .guard import FetchError, require
+from .fetch import Fetcher, parse_html
+from .guard import FetchError, GuardedProxy, find_private, recorded, require
 from .manifest import Record
 
 # %% ../nbs/09_search.ipynb #0580431d
@@ -26,12 +28,12 @@ def _parse(text: str) -> dict:
     "Read the answer of a programming interface; one that cannot be used is empty."
     try:
         answer = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # JSON can be nested deeper than Python goes
         return {}
     return answer if isinstance(answer, dict) and "error" not in answer else {}
 
 
-def _read_json(fetcher: Fetcher, url: str, **query) -> tuple[str, dict]:
+def _read_json(fetcher: Fetcher, url: str, query: dict) -> tuple[str, dict]:
     "Ask a programming interface; return the address asked, and the answer."
     url = f"{url}?{urlencode(query)}"
     text = fetcher.get_text(url, obey_robots=False, keep_if=_parse)
@@ -43,7 +45,7 @@ def _read_json(fetcher: Fetcher, url: str, **query) -> tuple[str, dict]:
 
 def _text(markup: str) -> str:
     "Strip the tags from a piece of HTML."
-    return " ".join(require("selectolax.lexbor").LexborHTMLParser(f"<div>{markup}</div>").text(separator=" ").split())
+    return " ".join(parse_html(markup).text(separator=" ").split())
 
 
 def _string(value: object) -> str:
@@ -51,14 +53,21 @@ def _string(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _count(value: object) -> int | None:
+    "Take a number of results as it is, and all else for not known."
+    return value if type(value) is int and 0 <= value <= 1_000_000_000 else None
+
+
 def _read_each(reader: Callable[[dict, str], Record | FetchError], entries: list, query: str, url: str) -> list[Record | FetchError]:
     "Read the results of one page, each on its own."
     results = []
     for entry in entries:
         try:
-            results.append(reader(entry, query))
-        except (AttributeError, IndexError, KeyError, TypeError):
-            results.append(FetchError("a result has an unknown form", url, permanent=False))
+            with recorded(url):
+                results.append(reader(entry, query))
+        except FetchError as error:
+            reason = f"a result has an unknown form, {error.reason}"
+            results.append(FetchError(reason, url, permanent=False))
     return results
 
 
@@ -73,9 +82,10 @@ def read_commons(
     info = (page.get("imageinfo") or [{}])[0]
     title, where = _string(page.get("title")), _string(info.get("descriptionurl"))
     if info.get("mime") not in ("image/jpeg", "image/png", "image/webp"):
-        return FetchError(f"no photo but {info.get('mime') or 'a page without a file'}", where or f"Wikimedia Commons, {title}")
+        kind = _string(info.get("mime"))[:80] or "a page without a file"
+        return FetchError(f"no photo but {kind}", where or f"Wikimedia Commons, {title}")
     known = info.get("extmetadata") or {}
-    artist, licence, terms = (_text(str((known.get(name) or {}).get("value") or "")) for name in ("Artist", "LicenseShortName", "LicenseUrl"))
+    artist, licence, terms = (_text(_string((known.get(name) or {}).get("value"))) for name in ("Artist", "LicenseShortName", "LicenseUrl"))
     return Record(
         _string(info.get("thumburl")) or _string(info.get("url")),
         page=where,
@@ -88,10 +98,12 @@ def read_commons(
     )
 
 # %% ../nbs/09_search.ipynb #5395f107
+_MAX_ANSWERS = 200  # of one search on Commons, which gives out 10,000 results at most
+
+
 def _rank(page: object) -> int:
     "Say which place an entry of an answer has; Commons gives them in another order."
-    index = page.get("index") if isinstance(page, dict) else 0
-    return index if isinstance(index, int) else 0
+    return (isinstance(page, dict) and _count(page.get("index"))) or 0
 
 
 def search_commons(
@@ -102,8 +114,11 @@ def search_commons(
     "Search Wikimedia Commons for photos."
     api, words = f"{base_url}/w/api.php", f"{query} filetype:bitmap"
     basics = {"action": "query", "format": "json", "formatversion": 2}
-    _, counted = _read_json(fetcher, api, **basics, list="search", srsearch=words, srnamespace=6, srlimit=1, srinfo="totalhits", srprop="")
-    total = re.search(r"'totalhits': (\d+)", str(counted))
+    counting = {"list": "search", "srsearch": words, "srnamespace": 6, "srlimit": 1, "srinfo": "totalhits", "srprop": ""}
+    _, counted = _read_json(fetcher, api, basics | counting)
+    known = counted.get("query")
+    known = known.get("searchinfo") if isinstance(known, dict) else None
+    total = _count(known.get("totalhits")) if isinstance(known, dict) else None
     wanted = basics | {
         "generator": "search",
         "gsrsearch": words,
@@ -114,15 +129,17 @@ def search_commons(
         "iiurlwidth": 1280,
         "iiextmetadatafilter": "Artist|LicenseShortName|LicenseUrl",
     }
-    more = {}
-    while more is not None:
-        url, answer = _read_json(fetcher, api, **wanted, **more)
+    more, asked = {}, []
+    while more is not None and more not in asked:
+        if len(asked) == _MAX_ANSWERS:
+            raise FetchError(f"the search goes on after {_MAX_ANSWERS} answers, the rest is left", api, permanent=False)
+        asked.append(more)
+        url, answer = _read_json(fetcher, api, more | wanted)
         found = answer.get("query", {})
         pages = found.get("pages", [] if "batchcomplete" in answer else None) if isinstance(found, dict) else None
         if not isinstance(pages, list):
             raise FetchError("no results in the answer, its form may have changed", url, permanent=False)
-        pages.sort(key=_rank)
-        yield int(total[1]) if total else None, _read_each(read_commons, pages, query, url)
+        yield total, _read_each(read_commons, sorted(pages, key=_rank), query, url)
         more = answer["continue"] if isinstance(answer.get("continue"), dict) else None
 
 # %% ../nbs/09_search.ipynb #2c0ab151
@@ -155,13 +172,14 @@ def search_openverse(
 ) -> Iterator[Page]:  # 20 results each, best match first
     "Search Openverse for photos with an open licence."
     for number in range(1, _MAX_PAGES + 1):
-        url, answer = _read_json(fetcher, f"{base_url}/v1/images/", q=query, page=number, page_size=20)
-        results, total = answer.get("results"), answer.get("result_count")
+        url, answer = _read_json(fetcher, f"{base_url}/v1/images/", {"q": query, "page": number, "page_size": 20})
+        results, total = answer.get("results"), _count(answer.get("result_count"))
         if not isinstance(results, list):
             raise FetchError("no results in the answer, its form may have changed", url, permanent=False)
-        yield min(total, 20 * _MAX_PAGES) if isinstance(total, int) else None, _read_each(read_openverse, results, query, url)
-        n_pages = answer.get("page_count")
-        if not results or not isinstance(n_pages, int) or number >= n_pages:
+        total = None if total is None else min(total, 20 * _MAX_PAGES)
+        yield total, _read_each(read_openverse, results, query, url)
+        n_pages = _count(answer.get("page_count"))
+        if not results or n_pages is None or number >= n_pages:
             break
 
 # %% ../nbs/09_search.ipynb #40cdfdf6
@@ -173,7 +191,7 @@ _REFUSALS = {  # words on a page -> what they mean
     "before you continue": "it asks for consent to cookies",
     "enablejs": "it wants a browser that runs scripts",
 }
-_START = re.compile(r'\["https?://[^"]*gstatic\.com/[^"]*",\d+,\d+\],\["(https?://[^"]+)",\d+,\d+\]')
+_START = re.compile(r'\["(https?://[^"]*)",\d+,\d+\](?=,\["(https?://[^"]+)",\d+,\d+\])')  # a thumbnail, then its picture
 _ORIGIN = re.compile(r'"2003":\[null,"[^"]*","((?:[^"\\]|\\.)*)","((?:[^"\\]|\\.)*)"')
 
 
@@ -191,11 +209,11 @@ def read_google(
 ) -> list[Record]:  # each picture once, in the order of the page
     "Read the results off a Google Images page; raise `FetchError` when it is no result page."
     plain = page.replace('\\\\"', '\\"').replace("\\\\u", "\\u") if "\\\\u003d" in page else page
-    hits, found = list(_START.finditer(plain)), {}
+    hits, found = [hit for hit in _START.finditer(plain) if "gstatic.com/" in hit[1]], {}
     for hit, following in zip(hits, [*hits[1:], None]):
-        origin = _ORIGIN.search(plain, hit.end(), following.start() if following else hit.end() + 4000)
-        found.setdefault(_unescape(hit[1]), tuple(map(_unescape, origin.groups())) if origin else ("", ""))
-    for link in require("selectolax.lexbor").LexborHTMLParser(page).css('a[href*="imgurl="]'):
+        origin = _ORIGIN.search(plain, hit.end(2), following.start() if following else hit.end(2) + 4000)
+        found.setdefault(_unescape(hit[2]), tuple(map(_unescape, origin.groups())) if origin else ("", ""))
+    for link in parse_html(page).css('a[href*="imgurl="]'):
         fields, image = parse_qs(link.attributes["href"].partition("?")[2]), link.css_first("img")
         title = (image.attributes.get("alt") if image else "") or ""
         for url in fields.get("imgurl", [])[:1]:
@@ -207,19 +225,39 @@ def read_google(
     return [Record(url, page=where, title=title, source="Google Images", query=query) for url, (where, title) in found.items()]
 
 # %% ../nbs/09_search.ipynb #d752f726
-def _look(chromium, url: str, n_scrolls: int, pause: float) -> tuple[int, str]:
+_BROWSER_FLAGS = [  # all that would go past the proxy
+    "--disable-quic",
+    "--webrtc-ip-handling-policy=disable_non_proxied_udp",
+    "--force-webrtc-ip-handling-policy=disable_non_proxied_udp",
+    "--disable-background-networking",
+]
+
+
+async def _launch(chromium, proxy: str, executable: str | None):
+    "Start the browser behind a proxy, in its sandbox where the system has one."
+    options = {"executable_path": executable, "args": _BROWSER_FLAGS, "proxy": {"server": proxy, "bypass": "<-loopback>"}}
+    try:
+        return await chromium.launch(chromium_sandbox=True, **options)
+    except require("playwright.async_api").Error as error:
+        if "sandbox" not in str(error).lower():
+            raise
+        warnings.warn("the browser has no sandbox here and runs without: start it as a user other than root", stacklevel=2)
+        return await chromium.launch(chromium_sandbox=False, **options)
+
+
+async def _scroll(chromium, url: str, n_scrolls: int, pause: float) -> tuple[int, str]:
     "Open a page in a tab, scroll down, and return its status and HTML."
-    tab = chromium.new_page()
-    answer = tab.goto(url, timeout=60_000)
+    tab = await chromium.new_page(service_workers="block", accept_downloads=False)
+    answer = await tab.goto(url, timeout=60_000)
     if answer and answer.status >= 400:
-        return answer.status, tab.content()
+        return answer.status, await tab.content()
     for _ in range(n_scrolls):
-        height = tab.evaluate("document.documentElement.scrollHeight")
-        tab.evaluate("window.scrollTo(0, document.documentElement.scrollHeight)")
-        tab.wait_for_timeout(pause * 1000)
-        if tab.evaluate("document.documentElement.scrollHeight") == height:
+        height = await tab.evaluate("document.documentElement.scrollHeight")
+        await tab.evaluate("window.scrollTo(0, document.documentElement.scrollHeight)")
+        await tab.wait_for_timeout(pause * 1000)
+        if await tab.evaluate("document.documentElement.scrollHeight") == height:
             break
-    return 200, tab.content()
+    return 200, await tab.content()
 
 # %% ../nbs/09_search.ipynb #057ca10d
 def render_page(
@@ -228,23 +266,27 @@ def render_page(
     browser: str | bool = True,  # path of a Chromium; True takes Playwright's own
     n_scrolls: int = 10,  # how often at most to scroll down for more
     pause: float = 1.5,  # seconds for the page to load more
+    total_timeout: float = 120.0,  # seconds for the page in all
+    allowed: Callable[[str, int | None], bool] | None = None,  # private addresses, see `find_private`; None allows none
 ) -> str:  # its HTML after the scripts have run
-    "Open a page in a headless browser, as a person would; raise `FetchError` when it does not come."
-    playwright = require("playwright.sync_api", "browser", "playwright install chromium")
+    "Open a page in a headless browser that reaches public addresses alone; raise `FetchError` when it does not come."
+    playwright = require("playwright.async_api", "browser", "playwright install chromium")
     if isinstance(browser, str) and not Path(browser).is_file():
         raise CarprotoError(f"there is no browser at {browser}")
 
-    def look() -> tuple[int, str]:
-        with playwright.sync_playwright() as started:
-            chromium = started.chromium.launch(executable_path=None if browser is True else browser)
+    async def look(proxy: str) -> tuple[int, str]:
+        async with playwright.async_playwright() as started:
+            chromium = await _launch(started.chromium, proxy, None if browser is True else browser)
             try:
-                return _look(chromium, url, n_scrolls, pause)
+                return await asyncio.wait_for(_scroll(chromium, url, n_scrolls, pause), total_timeout)
             finally:
-                chromium.close()
+                await chromium.close()
 
-    with ThreadPoolExecutor(1) as pool:  # the synchronous interface refuses to run inside a notebook's event loop
+    with GuardedProxy(allowed or find_private(False)) as proxy, ThreadPoolExecutor(1) as pool:  # a notebook has a loop of its own
         try:
-            status, page = pool.submit(look).result()
+            status, page = pool.submit(lambda: asyncio.run(look(proxy.url))).result()
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            raise FetchError(f"the page is not ready after {total_timeout:g} s", url, permanent=False) from error
         except playwright.Error as error:
             if "Executable doesn't exist" in str(error):
                 raise CarprotoError("Playwright has no browser yet: playwright install chromium") from error
@@ -255,6 +297,23 @@ def render_page(
     return page
 
 # %% ../nbs/09_search.ipynb #9a30214c
+_MAX_SAVED = 30_000_000  # bytes of a saved page, whose thumbnails lie within it
+
+
+def _read_saved(path: str | Path) -> str:
+    "Read a page that a browser saved."
+    try:
+        if not Path(path).is_file():
+            raise CarprotoError(f"there is no saved page at {path}")
+        with open(path, encoding="utf-8", errors="replace") as saved:
+            text = saved.read(_MAX_SAVED + 1)
+    except OSError as error:
+        raise CarprotoError(f"cannot read {path}: {error.strerror}") from error
+    if len(text) > _MAX_SAVED:
+        raise CarprotoError(f"{path} is longer than {_MAX_SAVED} characters: save the result page alone")
+    return text
+
+
 def search_google(
     query: str,  # such as "concept car"
     fetcher: Fetcher,  # asks for the page, where robots.txt lets it
@@ -267,9 +326,9 @@ def search_google(
     url = f"{base_url}/search?{urlencode({'q': query, 'udm': 2}, quote_via=quote)}"
     try:
         if page is not None:
-            text = Path(page).read_text(encoding="utf-8", errors="replace")
+            text = _read_saved(page)
         else:
-            text = render_page(url, browser=browser) if browser else fetcher.get_text(url)
+            text = render_page(url, browser=browser, allowed=fetcher.allowed) if browser else fetcher.get_text(url)
         found = read_google(text, query)
     except FetchError as error:
         advice = "save the result page in your browser and hand it over as page, or search commons and openverse"
@@ -307,14 +366,15 @@ class ImageSearch:
         while streams and (self.limit is None or n_found < self.limit):
             stream = streams.popleft()
             try:
-                result = next(stream)
-            except StopIteration:
-                continue
+                with recorded(""):
+                    result = next(stream, None)
             except FetchError as error:
                 if not streams and not n_found:
                     raise
                 result = error
             else:
+                if result is None:
+                    continue
                 streams.append(stream)
             n_found += isinstance(result, Record)
             yield result

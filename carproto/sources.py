@@ -15,8 +15,8 @@ from fastcore.basics import patch
 
 from .core import CarprotoError
 from .crawl import CrawlSummary, Record, crawl
-from .fetch import Fetcher
-from .guard import FetchError, require
+from .fetch import Fetcher, parse_html
+from .guard import FetchError, recorded
 from .search import search_images
 
 # %% ../nbs/11_sources.ipynb #84bfa95a
@@ -43,10 +43,15 @@ _SPECS = {  # short name -> name on the page, whether it is a number
 }
 
 # %% ../nbs/11_sources.ipynb #ea254867
+_MAX_DIGITS = 15  # of a number; one with more says nothing of a car
+_MAX_ITEMS = 1_000  # facts of one page
+_MAX_TEXT = 500  # characters of a fact
+
+
 def _number(text: str) -> float | int | None:
     "Read the first number of a text."
-    found = re.search(r"\d[\d,]*(?:\.\d+)?", text)
-    if not found:
+    found = re.search(r"[0-9][0-9,]*(?:\.[0-9]+)?", text)
+    if not found or len(found[0]) > _MAX_DIGITS:
         return None
     value = float(found[0].replace(",", ""))
     return int(value) if value.is_integer() else value
@@ -56,17 +61,17 @@ def read_specs(
     page: str,  # HTML of a specifications page
 ) -> dict:  # the fields of `Record` that describe the car, as far as the page has them
     "Read make, model, year, price and the sixteen specs off a page."
-    tree = require("selectolax.lexbor").LexborHTMLParser(page)
+    tree = parse_html(page)
     car, specs = {}, {}
     for name, selector in {"make": "a#a_bc_1", "model": "a#a_bc_2", "year": "a#a_bc_3", "price": "span.msrp"}.items():
         node = tree.css_first(selector)
-        text = node.text(strip=True) if node else ""
+        text = node.text(strip=True)[:_MAX_TEXT] if node else ""
         value = _number(text) if name in ("year", "price") else text
         if value:
             car[name] = value if isinstance(value, str) else int(value)
     facts = {}
-    for item in tree.css("div.specs-set-item"):
-        cells = [cell.text(strip=True) for cell in item.css("span")]
+    for item in tree.css("div.specs-set-item")[:_MAX_ITEMS]:
+        cells = [cell.text(strip=True)[:_MAX_TEXT] for cell in item.css("span")[:2]]
         if len(cells) >= 2:
             facts.setdefault(cells[0], cells[1])
     for name, (label, is_number) in _SPECS.items():
@@ -89,6 +94,22 @@ def _join(base: str, link: str) -> str:
         return link
 
 
+_WORD = re.compile(r"""[^\s"'<>]+""")
+_PHOTO = re.compile(r"\b(?:sml|med|lrg)/([^/]+?)_[sml]\.jpg")
+
+
+def _find_photos(text: str) -> Iterator[tuple[str, str]]:
+    "Find what stands before each photo, from its host on, and its name; the time grows with the length of the text."
+    for word in _WORD.finditer(text):
+        start = 0
+        for photo in _PHOTO.finditer(word[0]):
+            before = word[0][start : photo.start()]
+            host = before.find("//") if before.endswith("/") else -1
+            scheme = re.search(r"https?:$", before[max(host - 6, 0) : max(host, 0)])
+            yield "" if host < 0 else (scheme[0] if scheme else "") + before[host:], photo[1]
+            start = photo.end()
+
+
 def read_photos(
     page: str,  # HTML of a photo page
     picture_size: str = "medium",  # one of `SIZES`
@@ -97,8 +118,7 @@ def read_photos(
     "Find the photos of a car on its page."
     prefix, letter = SIZES[picture_size]
     plain = page.replace("\\/", "/").replace("\\u002F", "/").replace("&amp;", "&")
-    found = re.findall(r"""((?:https?:)?//[^\s"'<>]+?/)?\b(?:sml|med|lrg)/([^\s"'<>/]+?)_[sml]\.jpg""", plain)
-    return list(dict.fromkeys(f"{_join(image_url, host)}{prefix}/{name}_{letter}.jpg" for host, name in found))
+    return list(dict.fromkeys(f"{_join(image_url, host)}{prefix}/{name}_{letter}.jpg" for host, name in _find_photos(plain)))
 
 # %% ../nbs/11_sources.ipynb #638f09d5
 def read_links(
@@ -107,7 +127,7 @@ def read_links(
     *selectors: str,  # CSS of the links
 ) -> list[tuple[str, str]]:  # text and address of each link, once
     "Find links on a page."
-    tree = require("selectolax.lexbor").LexborHTMLParser(page)
+    tree = parse_html(page)
     nodes = [node for selector in selectors for node in tree.css(selector) if node.attributes.get("href")]
     found = {}
     for node in nodes:
@@ -142,7 +162,8 @@ class CarConnection:
         missing: str,  # what to say when that is nothing
     ):  # what the reader found
         "Fetch a page and read it; raise `FetchError` when it gives nothing."
-        found = reader(self.fetcher.get_text(url, keep_if=reader))
+        with recorded(url):
+            found = reader(self.fetcher.get_text(url, keep_if=reader))
         if not found:
             raise FetchError(f"{missing} on the page, it may have changed", url, permanent=False)
         return found
