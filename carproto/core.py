@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FITS', 'CarprotoError', 'check_size', 'open_picture', 'fit_square', 'to_tensor', 'to_bytes', 'to_picture',
            'pick_device', 'pick_precision', 'seeded', 'draw_latents', 'atomic_path', 'save_json', 'load_json',
-           'cache_folder', 'describe_environment', 'RunFolder', 'progress']
+           'cache_folder', 'describe_environment', 'RunFolder', 'progress', 'escape_markdown']
 
 # %% ../nbs/00_core.ipynb #1aea03dc
 import dataclasses
@@ -13,9 +13,11 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -342,3 +344,17 @@ def progress(
 ) -> tqdm:  # the bar; use it as a context
     "Make a progress bar with rate and time left."
     return tqdm(total=total, desc=title, initial=initial, unit=unit, disable=quiet, dynamic_ncols=True, mininterval=0.5)
+
+# %% ../nbs/00_core.ipynb #ed02739b
+_SIGNS = re.compile(r"""[&<>"'\\`*_\[\]{}#|~$:@^=]|(?<=www)\.|^(?:[-+.!]|\d+[.)])""", re.I)
+
+
+def escape_markdown(
+    text: object,  # from anybody; what is no text is written as `str` does
+    max_length: int = 300,  # characters of it that are shown
+) -> str:  # one line that shows the text, and does nothing else, in Markdown and in HTML
+    "Write foreign text so that it is shown as it is."
+    visible = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in str(text)[: 4 * max_length])
+    line = " ".join(visible.split())
+    line = line if len(line) <= max_length else line[:max_length] + "…"
+    return _SIGNS.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), line)

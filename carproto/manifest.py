@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import CarprotoError, atomic_path
+from .core import CarprotoError, atomic_path, escape_markdown
 from .guard import FetchError, clean_url, read_picture
 
 # %% ../nbs/08_manifest.ipynb #474112ad
@@ -246,21 +246,26 @@ def _count(
     n_most: int = 20,  # rows; the others are summed up in one
 ) -> list[str]:  # lines of Markdown
     "Write a section with a table of how often each value comes."
-    counts = Counter(str(value or "not known").replace("|", "/") for value in values)
+    counts = Counter(escape_markdown(value or "not known") for value in values)
     rows = [f"| {value} | {n} |" for value, n in counts.most_common(n_most)]
     if len(counts) > n_most:
         rows.append(f"| {len(counts) - n_most} more | {sum(n for _, n in counts.most_common()[n_most:])} |")
     return ["", f"## {title}", "", f"| | {what} |", "| --- | ---: |", *rows]
 
 
+def _whole(value: object) -> int:
+    "Take a whole number as it is, and all else for 0."
+    return value if isinstance(value, int) else 0
+
+
 def _describe(folder: Path, rows: list[dict]) -> list[str]:
     "Say in a paragraph what is in a folder."
-    days = sorted(row.get("retrieved", "")[:10] for row in rows) or ["never"]
-    sides = sorted(min(row.get("width", 0), row.get("height", 0)) for row in rows) or [0]
+    days = sorted(escape_markdown(str(row.get("retrieved", ""))[:10]) for row in rows) or ["never"]
+    sides = sorted(min(_whole(row.get("width")), _whole(row.get("height"))) for row in rows) or [0]
     return [
-        f"# {folder.resolve().name}",
+        f"# {escape_markdown(folder.resolve().name)}",
         "",
-        f"{len(rows)} pictures, {sum(row.get('bytes', 0) for row in rows) / 1e6:.1f} MB, retrieved from {days[0]} to {days[-1]}. "
+        f"{len(rows)} pictures, {sum(_whole(row.get('bytes')) for row in rows) / 1e6:.1f} MB, retrieved from {days[0]} to {days[-1]}. "
         f"The shorter side has {sides[0]} to {sides[-1]} pixels, {sides[len(sides) // 2]} in the median.",
         "Each picture's page, author and licence are in `metadata.jsonl`; the addresses that gave none are in `errors.jsonl`.",
     ]
@@ -291,10 +296,12 @@ def write_data_card(
     judged = [row for row in rows if isinstance(row.get("keep"), bool)]
     if judged:
         lines += _count("Curation", ("kept" if row["keep"] else "not kept" for row in judged))
-        reasons = [re.split(r" \(| images/", reason)[0] for row in judged for reason in row.get("reasons") or []]
+        given = [row["reasons"] for row in judged if isinstance(row.get("reasons"), list)]
+        reasons = [re.split(r" \(| images/", str(reason))[0] for reasons in given for reason in reasons]
         lines += _count("Why not kept", reasons) if reasons else []
-    done = {row.get("url") for row in rows}
-    failures = {row.get("url"): row.get("reason", "") for row in read_lines(folder / "errors.jsonl")[0] if row.get("url") not in done}
+    done = {str(row.get("url")) for row in rows}
+    failures = {str(row.get("url")): str(row.get("reason", "")) for row in read_lines(folder / "errors.jsonl")[0]}
+    failures = {url: reason for url, reason in failures.items() if url not in done}
     if failures:
         lines += _count("What did not come", (reason.partition(" (images/")[0] for reason in failures.values()), "addresses")
     with atomic_path(folder / "DATA_CARD.md") as temporary:
