@@ -20,7 +20,16 @@ from fastcore.basics import patch
 
 from . import __version__
 from .core import CarprotoError, load_json, save_json
-from .guard import FetchError, Picture, clean_url, find_private, guarded_session, read_picture, recorded, require
+from carproto.guard import (
+    FetchError,
+    Picture,
+    clean_url,
+    find_private,
+    guarded_session,
+    read_picture,
+    recorded,
+    require,
+)
 
 # %% ../nbs/07_fetch.ipynb #1e4110a3
 @dataclass
@@ -224,7 +233,8 @@ def _check_robots(self: Fetcher, url: str) -> None:
     with host.reading:
         if scheme not in host.robots:
             try:
-                rules = self._follow(urljoin(url, "/robots.txt"), False, _MAX_ROBOTS, True)[1].decode("utf-8-sig", "replace")
+                content = self._follow(urljoin(url, "/robots.txt"), False, _MAX_ROBOTS, True)[1]
+                rules = content.decode("utf-8-sig", "replace")
             except FetchError as error:
                 if not error.permanent and "answered 403" not in error.reason:  # RFC 9309: what is forbidden counts as missing
                     raise FetchError(f"robots.txt cannot be read ({error.reason})", url, permanent=False, wait=error.wait) from error
@@ -297,8 +307,8 @@ def get_picture(
 
 # %% ../nbs/07_fetch.ipynb #0b15ba7c
 _ENCODINGS = re.compile(
-    r"utf-?(?:8|16|16le|16be)|(?:us-)?ascii|latin-?1|iso-?8859-\d{1,2}|(?:windows-|cp)(?:125\d|874|932|949)|koi8-[ru]|gb2312|gbk|gb18030"
-    r"|big5|shift-jis|sjis|euc-(?:jp|kr)|iso-2022-jp|macintosh",
+    r"utf-?(?:8|16|16le|16be)|(?:us-)?ascii|latin-?1|iso-?8859-\d{1,2}|(?:windows-|cp)(?:125\d|874|932|949)"
+    r"|koi8-[ru]|gb2312|gbk|gb18030|big5|shift-jis|sjis|euc-(?:jp|kr)|iso-2022-jp|macintosh",
     re.I,
 )
 
@@ -344,8 +354,8 @@ def _read_tag(page: str, position: int) -> tuple[dict[str, str], int]:
 # %% ../nbs/07_fetch.ipynb #4994e701
 def _write_tag(name: str, attributes: dict[str, str]) -> str:
     "Write a start tag with the attributes that matter."
-    kept = "".join(f' {key}="{value}"' for key, value in attributes.items() if key in _KEPT for value in [value.replace('"', "&quot;")])
-    return f"<{name}{kept}>"
+    kept = [(key, value.replace('"', "&quot;")) for key, value in attributes.items() if key in _KEPT]
+    return "".join([f"<{name}", *(f' {key}="{value}"' for key, value in kept), ">"])
 
 
 class _Outline:
@@ -356,7 +366,9 @@ class _Outline:
 
     def close(self, name: str) -> None:
         "Close an element, and those within it; a `span` does not reach beyond its `div`."
-        scope = self.stack[len(self.stack) - self.stack[::-1].index("div") :] if name == "span" and "div" in self.stack else self.stack
+        scope = self.stack
+        if name == "span" and "div" in scope:
+            scope = scope[len(scope) - scope[::-1].index("div") :]
         if name in scope:
             while (closed := self.stack.pop()) != name:
                 self.written.append(f"</{closed}>")
@@ -386,7 +398,7 @@ def _skip(page: str, kind: str, position: int) -> int:
 def parse_html(
     page: str,  # HTML, from anybody
 ):  # a `LexborHTMLParser` of its links, divisions, spans and pictures
-    "Parse the parts of a page that readers ask for, in a time that grows with its length; raise `FetchError` when it is too deep."
+    "Parse what readers ask for in linear time; raise `FetchError` when a page is nested too deep."
     outline, position = _Outline(), 0
     while position >= 0 and (mark := _MARK.search(page, position)):
         outline.written.append(page[position : mark.start()].replace("<", "&lt;"))

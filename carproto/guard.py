@@ -58,7 +58,8 @@ def recorded(
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:80]
-        raise FetchError(f"unforeseen {type(error).__name__}" + (f" ({text})" if text else ""), url, permanent=False) from error
+        reason = f"unforeseen {type(error).__name__}" + (f" ({text})" if text else "")
+        raise FetchError(reason, url, permanent=False) from error
 
 # %% ../nbs/06_guard.ipynb #6b8fda65
 def _tidy(text: str) -> str:
@@ -265,7 +266,8 @@ def guarded_session(
 
         def proxy_manager_for(self, proxy, **options):
             manager = super().proxy_manager_for(proxy, **options)
-            manager.pool_classes_by_scheme = {name: guard(name.upper(), find_private(True)) for name in ("http", "https")}
+            open_pools = {name: guard(name.upper(), find_private(True)) for name in ("http", "https")}
+            manager.pool_classes_by_scheme = open_pools
             return manager
 
         def send(self, request, *args, **options):
@@ -293,7 +295,7 @@ def open_guarded(
     allowed: Callable[[str, int | None], bool] = _allow_none,  # what is exempt, see `find_private`
     timeout: float = 20.0,  # seconds without a byte
 ) -> socket.socket:  # connected
-    "Connect to a host; raise `FetchError` when one of its addresses may not be asked, or the other end is none of them."
+    "Connect to a host; raise `FetchError` when one of its addresses, or the other end, may not be asked."
     refuse_private(host, port, allowed)
     opened = socket.create_connection((host, port), timeout)
     peer = opened.getpeername()[0]
@@ -319,10 +321,10 @@ class _ProxyHandler(socketserver.BaseRequestHandler):
                 parts = urlsplit(f"//{target}" if is_tunnel else target)
                 if not parts.hostname or not is_tunnel and parts.scheme != "http":
                     raise FetchError("not a web address", target)
-                far = open_guarded(parts.hostname, parts.port or (443 if is_tunnel else 80), self.server.allowed, self.server.timeout_s)
+                port = parts.port or (443 if is_tunnel else 80)
+                far = open_guarded(parts.hostname, port, self.server.allowed, self.server.timeout_s)
             except (OSError, ValueError) as error:
-                status = "403 Forbidden" if isinstance(error, FetchError) else "502 Bad Gateway"
-                self.request.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+                self.refuse(error)
                 return
             with far:
                 if is_tunnel:
@@ -330,6 +332,15 @@ class _ProxyHandler(socketserver.BaseRequestHandler):
                 else:
                     self.forward(far, method, parts, head[1:], rest)
                 self.relay(far, is_tunnel)
+
+    def refuse(self, error: Exception) -> None:
+        "Answer that there is no connection, and why."
+        is_private = isinstance(error, FetchError)
+        if is_private:
+            self.server.refused.add(error.url)
+        status, reason = ("403 Forbidden", error.reason) if is_private else ("502 Bad Gateway", "no connection")
+        head = f"HTTP/1.1 {status}\r\nContent-Length: {len(reason)}\r\nConnection: close\r\n\r\n"
+        self.request.sendall((head + reason).encode())
 
     def read_head(self) -> tuple[list[str], bytes]:
         "Read the lines of a request's head, and what came after them."
@@ -350,7 +361,8 @@ def forward(self: _ProxyHandler, far: socket.socket, method: str, parts, headers
     length = fields.get("content-length", ":0").partition(":")[2].strip()
     if "transfer-encoding" in fields or not (length.isascii() and length.isdigit() and len(length) < 10):
         raise ConnectionError("a body of unknown length")
-    kept = [line for name, line in fields.items() if name not in ("connection", "proxy-connection", "keep-alive", "upgrade")]
+    hop_by_hop = ("connection", "proxy-connection", "keep-alive", "upgrade")
+    kept = [line for name, line in fields.items() if name not in hop_by_hop]
     path = urlunsplit(("", "", parts.path or "/", parts.query, ""))
     far.sendall("\r\n".join([f"{method} {path} HTTP/1.1", *kept, "Connection: close", "", ""]).encode("latin-1"))
     n_left = int(length)
@@ -391,6 +403,7 @@ class GuardedProxy(socketserver.ThreadingTCPServer):
         max_bytes: int = 200_000_000,  # that pass in all
     ):
         self.allowed, self.timeout_s, self.n_left = allowed, timeout, max_bytes
+        self.refused = set()  # hosts
         super().__init__(("127.0.0.1", 0), _ProxyHandler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from urllib.parse import parse_qs, quote, urlencode
+from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from .core import CarprotoError
 from .fetch import Fetcher, parse_html
@@ -288,9 +288,13 @@ def render_page(
         except (TimeoutError, asyncio.TimeoutError) as error:
             raise FetchError(f"the page is not ready after {total_timeout:g} s", url, permanent=False) from error
         except playwright.Error as error:
+            if urlsplit(url).hostname in proxy.refused:
+                raise FetchError("leads into a private network", url) from error
             if "Executable doesn't exist" in str(error):
                 raise CarprotoError("Playwright has no browser yet: playwright install chromium") from error
             raise FetchError(f"the browser gives up ({str(error).strip().splitlines()[0][:80]})", url, permanent=False) from error
+    if status == 403 and urlsplit(url).hostname in proxy.refused:
+        raise FetchError("leads into a private network", url)
     if status >= 400:
         meaning = next((f", {meaning}" for words, meaning in _REFUSALS.items() if words in page.lower()), "")
         raise FetchError(f"the server answered {status}{meaning}", url, permanent=False)

@@ -11,6 +11,7 @@ import gzip
 import html
 import io
 import json
+import random
 import struct
 import sys
 import threading
@@ -95,6 +96,8 @@ class LocalSite:
         self.n_photos, self.n_results = n_photos, n_results
         self.log, self.tried, self.lock = Counter(), Counter(), threading.Lock()
         self.agents, self.times, self.closing = set(), [], threading.Event()
+        self.elsewhere = "http://127.0.0.1:1/"  # where other-port.jpg leads
+        self.robots = "User-agent: *\nDisallow: /private/\nDisallow: /v1/\nDisallow: /w/\nDisallow: /search\n"
         handler = type("Handler", (_Handler,), {"site": self})
         self.server = QuietServer(("127.0.0.1", port), handler)
         self.port = self.server.server_port
@@ -304,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
             if path.startswith("/faults/"):
                 self.misbehave(path.removeprefix("/faults/"))
             elif path == "/robots.txt":
-                self.reply("User-agent: *\nDisallow: /private/\nDisallow: /v1/\nDisallow: /w/\nDisallow: /search\n", "text/plain")
+                self.reply(site.robots, "text/plain")
             elif path.startswith(("/pictures/", "/private/")):
                 self.reply(draw_car(path))
             elif path.startswith("/img/"):
@@ -334,9 +337,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.site.closing.wait(pause)
 
-    def start(self, length: int | None, **headers) -> None:
+    def start(self, length: int | str | None, status: int = 200, **headers) -> None:
         """Send headers only; the connection ends with this answer."""
-        self.send_response(200)
+        self.send_response(status)
         for name, value in {"Content-Type": "image/jpeg", "Content-Length": length, **headers}.items():
             if value is not None:
                 self.send_header(name.replace("_", "-"), str(value))
@@ -360,9 +363,47 @@ class _Handler(BaseHTTPRequestHandler):
             "file.jpg": "file:///etc/passwd",
             "moved.jpg": "../pictures/moved.jpg",
             "closed-door.jpg": "/private/1.jpg",
+            "bad-location.jpg": "http://[::1/",
+            "bad-port.jpg": "http://127.0.0.1:123456/",
+            "latin-location.jpg": "/pictures/\xff.jpg",
+            "long-location.jpg": f"/pictures/{'a' * 9_000}.jpg",
+            "other-port.jpg": site.elsewhere,
         }
         if fault in moves:
             self.reply("", status=302, Location=moves[fault])
+        elif fault == "bomb-on-the-way.jpg":
+            self.reply(gzip_bomb(60_000_000), status=302, Location="/pictures/moved.jpg", Content_Encoding="gzip")
+        elif fault == "endless-on-the-way.jpg":
+            self.start(None, status=302, Location="/pictures/moved.jpg")
+            self.pour(bytes(1 << 16), 0)
+        elif fault == "gone-with-a-bomb.jpg":
+            self.reply(gzip_bomb(60_000_000), status=404, Content_Encoding="gzip")
+        elif fault.startswith("charset="):
+            self.reply("<a class=add-zip href=/x>Škoda</a>", f"text/html; {fault}")
+        elif fault == "superscript.jpg":
+            self.start("²³")
+            self.wfile.write(picture)
+        elif fault == "long-number.jpg":
+            self.start("9" * 5_000)
+        elif fault == "two-lengths.jpg":
+            self.start("5, 6")
+        elif fault == "long-header.jpg":
+            self.start(len(picture), X_Long="x" * 70_000)
+        elif fault == "many-headers.jpg":
+            self.start(len(picture), **{f"X_{i}": "x" for i in range(200)})
+        elif fault == "garbage.jpg":
+            self.wfile.write(random.Random(0).randbytes(5_000))
+            self.close_connection = True
+        elif fault == "bad-chunk.jpg":
+            self.start(None, Transfer_Encoding="chunked")
+            self.wfile.write("²\r\nxx\r\n".encode())
+        elif fault == "many-encodings.jpg":
+            self.start(None, Content_Encoding=", ".join(["gzip"] * 50))
+            self.wfile.write(gzip_bomb(60_000_000))
+        elif fault == "never-unpacks.jpg":
+            self.start(None, Content_Encoding="gzip")
+            self.wfile.write(gzip.compress(b"")[:10])
+            self.pour(b"\0\0\0\xff\xff" * 10_000, 0)
         elif fault == "busy.jpg" and first:
             self.reply("", status=429, Retry_After="1")
         elif fault == "away.jpg":

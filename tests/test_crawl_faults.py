@@ -1,5 +1,6 @@
 """The crawler against a site that behaves badly on purpose, and against kill -9."""
 
+import asyncio
 import errno
 import json
 import os
@@ -24,9 +25,9 @@ for name in ("requests", "protego", "selectolax"):
 from carproto.core import CarprotoError  # noqa: E402
 from carproto.crawl import Record, crawl, export_url_list, read_manifest, write_data_card  # noqa: E402
 from carproto.fetch import Fetcher  # noqa: E402
-from carproto.guard import FetchError  # noqa: E402
+from carproto.guard import FetchError, find_private, read_picture  # noqa: E402
 from carproto.manifest import Manifest, read_lines  # noqa: E402
-from carproto.search import read_google, render_page, search_commons, search_images, search_openverse  # noqa: E402
+from carproto.search import _launch, read_google, render_page, search_commons, search_images, search_openverse  # noqa: E402
 from carproto.sources import crawl_car_connection, read_links, read_photos, read_specs  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -59,7 +60,7 @@ def hasty(**options) -> Fetcher:
 
 # A good picture arrives, whatever happens on its way.
 
-GOOD = ["busy.jpg", "twice-500.jpg", "cut-once.jpg", "wrong-type.jpg"]
+GOOD = ["busy.jpg", "twice-500.jpg", "cut-once.jpg", "wrong-type.jpg", "superscript.jpg"]
 
 
 @pytest.mark.parametrize("fault", GOOD)
@@ -71,8 +72,17 @@ def test_a_good_picture_arrives_intact(site, fault):
         assert 1 <= time.monotonic() - start < 5, "Retry-After: 1 is to be honoured"
 
 
-def test_a_redirect_is_followed(site):
-    assert hasty().get_picture(f"{site.url}/faults/moved.jpg").content == draw_car("/pictures/moved.jpg")
+@pytest.mark.parametrize("fault", ["moved.jpg", "bomb-on-the-way.jpg", "endless-on-the-way.jpg"])
+def test_a_redirect_is_followed_and_its_body_is_not_read(site, fault):
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    assert hasty().get_picture(f"{site.url}/faults/{fault}").content == draw_car("/pictures/moved.jpg")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes; unpacked the body is 60,000
+    assert time.monotonic() - start < 0.9  # the session allows a second
+
+
+def test_a_redirect_in_another_encoding_is_followed(site):
+    picture = hasty().get_picture(f"{site.url}/faults/latin-location.jpg")
+    assert picture.content == draw_car("/pictures/\ufffd.jpg")
 
 
 # A bad one ends in an error that names the reason, in bounded time.
@@ -85,6 +95,12 @@ BAD = {
     "six.jpg": ("private network", True),
     "decimal.jpg": ("private network", True),
     "file.jpg": ("not a web address", True),
+    "bad-location.jpg": ("not a web address", True),
+    "bad-port.jpg": ("not a web address", True),
+    "long-location.jpg": ("more than 8000 characters", True),
+    "long-number.jpg": ("longer than", True),
+    "never-unpacks.jpg": ("longer than", True),
+    "gone-with-a-bomb.jpg": ("answered 404", True),
     "closed-door.jpg": ("robots.txt", True),
     "always-500.jpg": ("answered 500", False),
     "away.jpg": ("answered 429", False),
@@ -114,6 +130,23 @@ def test_a_bad_answer_is_named(site, fault):
     assert site.tried[fault] == {"loop.jpg": 6, "always-500.jpg": 3, "cut.jpg": 3}.get(fault, 1)
 
 
+@pytest.mark.parametrize(
+    "fault", ["two-lengths.jpg", "long-header.jpg", "many-headers.jpg", "garbage.jpg", "bad-chunk.jpg", "many-encodings.jpg"]
+)
+def test_an_answer_that_is_no_http_is_named(site, fault):
+    with pytest.raises(FetchError, match="the connection was cut") as caught:
+        hasty(retries=0).get_picture(f"{site.url}/faults/{fault}")
+    assert not caught.value.permanent
+
+
+CHARSETS = ["undefined", "idna", "%00", "utf%008", "punycode", "hex", "rot13", "unicode_escape", "\xe9", "x" * 7_000, '"utf-8"; a=b']
+
+
+@pytest.mark.parametrize("charset", CHARSETS)
+def test_a_page_in_an_encoding_that_no_page_has_is_read_as_utf_8(site, charset):
+    assert "Škoda" in hasty().get_text(f"{site.url}/faults/charset={charset}")
+
+
 @pytest.mark.parametrize("fault", ["silent.jpg", "stall.jpg", "drip.jpg", "header-drip.jpg"])
 def test_slowness_is_bounded(site, fault):
     start = time.monotonic()
@@ -124,7 +157,7 @@ def test_slowness_is_bounded(site, fault):
 
 def test_a_bomb_is_not_unfolded(site):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for fault in ("bomb.png", "gzip-bomb.jpg", "endless.jpg"):
+    for fault in ("bomb.png", "gzip-bomb.jpg", "endless.jpg", "never-unpacks.jpg", "gone-with-a-bomb.jpg"):
         with pytest.raises(FetchError):
             hasty().get_picture(f"{site.url}/faults/{fault}")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000  # kilobytes
@@ -144,6 +177,33 @@ def test_a_name_that_changes_its_address_is_caught(site, monkeypatch):
         with pytest.raises(FetchError, match="private network"):
             hasty(allow_private=False)._request(f"http://rebind.example:{site.port}/pictures/1.jpg")
     assert not answers and sum(site.log.values()) == asked
+
+
+def test_an_exemption_holds_for_the_address_and_port_that_were_private_at_the_start(site, monkeypatch):
+    with LocalSite() as neighbour:
+        monkeypatch.setattr(site, "elsewhere", f"{neighbour.url}/pictures/1.jpg")
+        narrow, wide = hasty(allow_private=[f"{site.url}/cars"]), hasty(allow_private=["127.0.0.1"])
+        assert narrow.get_picture(f"{site.url}/pictures/1.jpg").content == draw_car("/pictures/1.jpg")
+        for url in (f"{site.url}/faults/other-port.jpg", f"{neighbour.url}/pictures/1.jpg"):
+            with pytest.raises(FetchError, match="private network"):
+                narrow.get(url)
+        assert not neighbour.log
+        assert wide.get_picture(f"{site.url}/faults/other-port.jpg").content == draw_car("/pictures/1.jpg")
+
+    real, address = socket.getaddrinfo, "93.184.215.14"
+
+    def resolve(host, port, *args, **options):
+        if host != "cars.example":
+            return real(host, port, *args, **options)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    public = hasty(allow_private=[f"http://cars.example:{site.port}"])
+    address = "127.0.0.1"
+    private = hasty(allow_private=[f"http://cars.example:{site.port}"])
+    with pytest.raises(FetchError, match="private network"):
+        public.get(f"http://cars.example:{site.port}/pictures/1.jpg")
+    assert private.get(f"http://cars.example:{site.port}/pictures/1.jpg")[1] == draw_car("/pictures/1.jpg")
 
 
 def test_a_dead_host_is_left_alone():
@@ -211,6 +271,36 @@ def test_closed_doors_are_not_knocked_at(site):
     assert "/private/2.jpg" not in site.log
 
 
+@pytest.mark.parametrize("pause, asked", [("1e30", "1e+30"), ("86400", "86400"), ("9" * 300, "1e+300")])
+def test_a_site_that_asks_for_too_long_a_pause_is_left(tmp_path, pause, asked):
+    with LocalSite() as site, LocalSite() as other:
+        site.robots = f"User-agent: *\nCrawl-delay: {pause}\n"
+        records, start = [Record(f"{place.url}/pictures/{i}.jpg") for i in range(3) for place in (site, other)], time.monotonic()
+        summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+        assert time.monotonic() - start < 3 and site.log == {"/robots.txt": 1}
+    assert summary.saved == 3 and summary.failed == {f"the site asks for {asked} s between two requests": 3}
+
+
+@pytest.mark.parametrize("pause", ["nan", "inf", "-5", "²", "0", "1" + "0" * 400])
+def test_a_pause_that_is_no_number_is_none(pause):
+    with LocalSite() as site:
+        site.robots = f"User-agent: *\nCrawl-delay: {pause}\n"
+        start = time.monotonic()
+        hasty().get(f"{site.url}/pictures/1.jpg")
+        assert time.monotonic() - start < 2
+
+
+def test_rules_that_multiply_are_read_in_time():
+    agents = "".join(f"User-agent: a{i}\n" for i in range(12_000))
+    with LocalSite() as site:
+        site.robots = agents + "".join(f"Disallow: /{i}\n" for i in range(12_000)) + "\nUser-agent: *\nDisallow: /private/\n"
+        fetcher, start = hasty(total_timeout=5), time.monotonic()
+        fetcher.get(f"{site.url}/1/pictures/1.jpg".replace("/1/", "/"))
+        with pytest.raises(FetchError, match="robots.txt"):
+            fetcher.get(f"{site.url}/private/1.jpg")
+        assert time.monotonic() - start < 5
+
+
 # A crawl.
 
 
@@ -249,6 +339,84 @@ def test_every_address_is_accounted_for(site, tmp_path):
     assert again.saved == 0 and again.known == len(rows) and again.given_up == sum(permanent for _, permanent in bad.values())
     assert set(site.log) == {"/robots.txt"} | {url for url, (_, permanent) in bad.items() if not permanent}
     assert f"CC0 | {len(rows)}" in write_data_card(tmp_path / "cars").read_text()
+
+
+def test_whatever_escapes_from_a_picture_is_recorded(site, tmp_path, monkeypatch):
+    real = read_picture
+
+    def fail(content, **options):
+        if content == draw_car("/pictures/odd-1.jpg"):
+            raise RecursionError("nested too deep")
+        return real(content, **options)
+
+    monkeypatch.setattr("carproto.fetch.read_picture", fail)
+    records = [Record(f"{site.url}/pictures/odd-{i}.jpg") for i in range(4)] + [Record(7), Record(["x"])]
+    summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+    assert summary.saved == 3 and summary.n_failed == 3
+    errors = {row["url"]: row for row in read_lines(tmp_path / "cars" / "errors.jsonl")[0]}
+    caught = errors[f"{site.url}/pictures/odd-1.jpg"]
+    assert caught["reason"] == "unforeseen RecursionError (nested too deep)" and caught["permanent"] is False
+    assert "unforeseen TypeError" in errors["7"]["reason"] and "unforeseen AttributeError" in errors["['x']"]["reason"]
+
+
+def test_whatever_escapes_from_a_page_is_recorded(site, tmp_path, monkeypatch):
+    def fail(page):
+        raise error
+
+    monkeypatch.setattr("carproto.sources.read_specs", fail)
+    places = {"makes": ["Volvo"], "base_url": site.url, "image_url": f"{site.url}/img/", "quiet": True}
+    error = MemoryError("no more")
+    summary = crawl_car_connection(tmp_path / "cars", fetcher=hasty(), **places)
+    assert summary.saved == 12 and summary.failed == {"unforeseen MemoryError (no more)": 3}
+    error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        crawl_car_connection(tmp_path / "more", fetcher=hasty(), **places)
+
+
+HOSTILE_PAGES = {
+    "nested": ("<div>" * 390_000, "more than 100 elements within each other"),
+    "long": ("<p>" * 700_000, "longer than 2000000 bytes"),
+    "slashes": ("/" * 1_900_000, "on the page, it may have changed"),
+    "digits": ('<a id="a_bc_1">Audi</a><a id="a_bc_3">' + "9" * 400 + '</a><span class="msrp">$' + "9" * 400 + "</span>", None),
+}
+
+
+@pytest.mark.parametrize("fault", HOSTILE_PAGES)
+def test_a_hostile_page_of_facts_stops_nothing(tmp_path, fault):
+    page, reason = HOSTILE_PAGES[fault]
+    with LocalSite() as site:
+        site.specifications = lambda make, model, year: page
+        start = time.monotonic()
+        options = {"makes": ["Volvo"], "picture_size": "small", "base_url": site.url, "image_url": f"{site.url}/img/", "quiet": True}
+        summary = crawl_car_connection(tmp_path / "cars", fetcher=hasty(max_bytes=30_000_000, total_timeout=5), **options)
+        assert summary.saved == 12 and time.monotonic() - start < 15
+    assert sum(n for why, n in summary.failed.items() if reason and reason in why) == summary.n_failed == (3 if reason else 0)
+    assert all("year" not in row or row["year"] is None for row in read_manifest(tmp_path / "cars"))
+
+
+@pytest.mark.parametrize("answer", ["[" * 100_000, '{"query":' * 100_000, '{"query": {"pages": [' + "[" * 900 + "]" * 900 + "]}}"])
+def test_a_hostile_answer_of_one_service_leaves_the_other(tmp_path, answer):
+    with LocalSite() as site:
+        site.commons = lambda query: answer
+        found = list(search_images("concept car", fetcher=hasty(), base_url=site.url))
+    assert sum(isinstance(result, Record) for result in found) == 45
+    assert 1 <= sum(isinstance(result, FetchError) for result in found) <= 2
+
+
+def test_a_search_without_end_ends(monkeypatch):
+    monkeypatch.setattr("carproto.search._MAX_ANSWERS", 5)
+    with LocalSite() as site:
+        whole = site.commons
+        more = {"continue": {"gsroffset": 50}}
+
+        def commons(query):
+            more["continue"]["gsroffset"] += 1
+            return json.dumps(json.loads(whole({**query, "gsroffset": ["0"]})) | more)
+
+        site.commons = commons
+        found = list(search_images("car", source="commons", fetcher=hasty(), base_url=site.url))
+        assert sum(site.log.values()) == 6
+    assert "goes on after 5 answers" in found[-1].reason
 
 
 def test_half_characters_do_no_harm(site, tmp_path):
@@ -586,6 +754,58 @@ def test_google_through_a_real_browser(site, tmp_path, capsys):
     assert "answered 429, it asks for a captcha; save the result page" in capsys.readouterr().err
 
 
+PRYING = """<html><body><img src="{far}/img"><iframe src="{far}/frame"></iframe><iframe src="{near}/faults/other-port.jpg"></iframe>
+<link rel="preconnect" href="{far}/"><script>fetch("{far}/fetch", {{mode: "no-cors"}}).catch(() => 0);
+new WebSocket("{far}/socket".replace("http", "ws"));
+navigator.sendBeacon("{far}/beacon", "x"); open("{far}/window");</script><h1>Drawn by a script: <b id=b></b></h1>
+<script>fetch("/pictures/1.jpg").then(answer => b.textContent = answer.status)</script></body></html>"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_page_in_the_browser_reaches_no_neighbour():
+    pytest.importorskip("playwright.async_api")
+    with LocalSite() as site, LocalSite() as neighbour:
+        hanging = "<p>a<script>setTimeout(() => {while (1);}, 50)</script>"
+        pages = {"/pry": PRYING.format(far=neighbour.url, near=site.url), "/hang": hanging}
+        site.car_pages, site.elsewhere = pages.get, f"{neighbour.url}/redirect"
+        allowed = find_private([site.url])
+        page = render_page(f"{site.url}/pry", browser=CHROMIUM, allowed=allowed)
+        assert "script: <b id=\"b\">200</b>" in page, "what is exempt is reached"
+        assert site.log["/faults/other-port.jpg"] == 1 and not neighbour.log
+        with pytest.raises(FetchError, match="private network"):
+            render_page(f"{site.url}/pry", browser=CHROMIUM)
+        start = time.monotonic()
+        with pytest.raises(FetchError, match="not ready after 4 s"):
+            render_page(f"{site.url}/hang", browser=CHROMIUM, allowed=allowed, total_timeout=4)
+        assert time.monotonic() - start < 40
+
+
+def test_the_browser_runs_in_its_sandbox_where_there_is_one():
+    playwright = pytest.importorskip("playwright.async_api")
+
+    class Chromium:
+        def __init__(self, *errors: str):
+            self.errors, self.asked = list(errors), []
+
+        async def launch(self, **options):
+            self.asked.append(options["chromium_sandbox"])
+            if self.errors:
+                raise playwright.Error(self.errors.pop())
+            return "browser"
+
+    usual = Chromium()
+    assert asyncio.run(_launch(usual, "http://127.0.0.1:1", None)) == "browser" and usual.asked == [True]
+    root = Chromium("Running as root without --no-sandbox is not supported")
+    with pytest.warns(UserWarning, match="no sandbox here"):
+        assert asyncio.run(_launch(root, "http://127.0.0.1:1", None)) == "browser"
+    assert root.asked == [True, False]
+    broken = Chromium("a library is missing")
+    with pytest.raises(playwright.Error, match="a library is missing"):
+        asyncio.run(_launch(broken, "http://127.0.0.1:1", None))
+    assert broken.asked == [True]
+
+
 def test_google_says_no_in_many_ways(site):
     pages = {name: hasty(retries=0, delay=0)._session.get(f"{site.url}/{name}/search").text for name in ("captcha", "consent", "recipe")}
     for name, meaning in {"captcha": "asks for a captcha", "consent": "consent to cookies", "recipe": "its form has changed"}.items():
@@ -600,6 +820,6 @@ def test_google_says_no_in_many_ways(site):
 def test_a_missing_browser_is_named(site, monkeypatch):
     with pytest.raises(CarprotoError, match="there is no browser at /nowhere"):
         render_page(f"{site.url}/search", browser="/nowhere")
-    monkeypatch.setitem(sys.modules, "playwright.sync_api", None)
+    monkeypatch.setitem(sys.modules, "playwright.async_api", None)
     with pytest.raises(CarprotoError, match=r"pip install 'carproto\[browser\]' && playwright install chromium"):
         render_page(f"{site.url}/search")
