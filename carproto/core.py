@@ -354,7 +354,8 @@ def escape_markdown(
     max_length: int = 300,  # characters of it that are shown
 ) -> str:  # one line that shows the text, and does nothing else, in Markdown and in HTML
     "Write foreign text so that it is shown as it is."
-    visible = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in str(text)[: 4 * max_length])
+    letters = str(text)[: 4 * max_length]
+    visible = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in letters)
     line = " ".join(visible.split())
     line = line if len(line) <= max_length else line[:max_length] + "…"
     return _SIGNS.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), line)

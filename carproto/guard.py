@@ -174,13 +174,13 @@ def find_private(
     if places is True:
         return lambda address, port: True
     exempt = set()
-    for place in places or ():
+    for place in filter(None, places or ()):
+        is_bare_six = place.count(":") > 1 and place[0] != "[" and "://" not in place
         try:
-            is_bare = ipaddress.ip_address(place).version == 6
+            parts = urlsplit(f"//[{place}]" if is_bare_six else place if "://" in place else f"//{place}")
+            port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
         except ValueError:
-            is_bare = False
-        parts = urlsplit(f"//[{place}]" if is_bare else place if "://" in place else f"//{place}")
-        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+            raise FetchError("not a web address", place) from None
         addresses = _find_addresses(parts.hostname, port) if parts.hostname else ()
         exempt.update((address, port) for address in addresses if not is_public(address))
     return lambda address, port: (address, port) in exempt or (address, None) in exempt

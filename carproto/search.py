@@ -85,7 +85,8 @@ def read_commons(
         kind = _string(info.get("mime"))[:80] or "a page without a file"
         return FetchError(f"no photo but {kind}", where or f"Wikimedia Commons, {title}")
     known = info.get("extmetadata") or {}
-    artist, licence, terms = (_text(_string((known.get(name) or {}).get("value"))) for name in ("Artist", "LicenseShortName", "LicenseUrl"))
+    names = ("Artist", "LicenseShortName", "LicenseUrl")
+    artist, licence, terms = (_text(_string((known.get(name) or {}).get("value"))) for name in names)
     return Record(
         _string(info.get("thumburl")) or _string(info.get("url")),
         page=where,
@@ -114,7 +115,8 @@ def search_commons(
     "Search Wikimedia Commons for photos."
     api, words = f"{base_url}/w/api.php", f"{query} filetype:bitmap"
     basics = {"action": "query", "format": "json", "formatversion": 2}
-    counting = {"list": "search", "srsearch": words, "srnamespace": 6, "srlimit": 1, "srinfo": "totalhits", "srprop": ""}
+    counting = {"list": "search", "srsearch": words, "srnamespace": 6, "srlimit": 1}
+    counting |= {"srinfo": "totalhits", "srprop": ""}
     _, counted = _read_json(fetcher, api, basics | counting)
     known = counted.get("query")
     known = known.get("searchinfo") if isinstance(known, dict) else None
@@ -191,7 +193,7 @@ _REFUSALS = {  # words on a page -> what they mean
     "before you continue": "it asks for consent to cookies",
     "enablejs": "it wants a browser that runs scripts",
 }
-_START = re.compile(r'\["(https?://[^"]*)",\d+,\d+\](?=,\["(https?://[^"]+)",\d+,\d+\])')  # a thumbnail, then its picture
+_START = re.compile(r'\["(https?://[^"]*)",\d+,\d+\](?=,\["(https?://[^"]+)",\d+,\d+\])')  # thumbnail, picture
 _ORIGIN = re.compile(r'"2003":\[null,"[^"]*","((?:[^"\\]|\\.)*)","((?:[^"\\]|\\.)*)"')
 
 
@@ -235,13 +237,15 @@ _BROWSER_FLAGS = [  # all that would go past the proxy
 
 async def _launch(chromium, proxy: str, executable: str | None):
     "Start the browser behind a proxy, in its sandbox where the system has one."
-    options = {"executable_path": executable, "args": _BROWSER_FLAGS, "proxy": {"server": proxy, "bypass": "<-loopback>"}}
+    way = {"server": proxy, "bypass": "<-loopback>"}
+    options = {"executable_path": executable, "args": _BROWSER_FLAGS, "proxy": way}
     try:
         return await chromium.launch(chromium_sandbox=True, **options)
     except require("playwright.async_api").Error as error:
         if "sandbox" not in str(error).lower():
             raise
-        warnings.warn("the browser has no sandbox here and runs without: start it as a user other than root", stacklevel=2)
+        advice = "start it as a user other than root"
+        warnings.warn(f"the browser has no sandbox here and runs without: {advice}", stacklevel=2)
         return await chromium.launch(chromium_sandbox=False, **options)
 
 
@@ -282,7 +286,8 @@ def render_page(
             finally:
                 await chromium.close()
 
-    with GuardedProxy(allowed or find_private(False)) as proxy, ThreadPoolExecutor(1) as pool:  # a notebook has a loop of its own
+    # a thread of its own, since a notebook runs an event loop already
+    with GuardedProxy(allowed or find_private(False)) as proxy, ThreadPoolExecutor(1) as pool:
         try:
             status, page = pool.submit(lambda: asyncio.run(look(proxy.url))).result()
         except (TimeoutError, asyncio.TimeoutError) as error:

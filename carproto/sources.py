@@ -118,7 +118,8 @@ def read_photos(
     "Find the photos of a car on its page."
     prefix, letter = SIZES[picture_size]
     plain = page.replace("\\/", "/").replace("\\u002F", "/").replace("&amp;", "&")
-    return list(dict.fromkeys(f"{_join(image_url, host)}{prefix}/{name}_{letter}.jpg" for host, name in _find_photos(plain)))
+    found = (f"{_join(image_url, host)}{prefix}/{name}_{letter}.jpg" for host, name in _find_photos(plain))
+    return list(dict.fromkeys(found))
 
 # %% ../nbs/11_sources.ipynb #638f09d5
 def read_links(
