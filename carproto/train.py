@@ -52,7 +52,7 @@ def check_images(
 
 
 _FREE = ("steps", "report_every")  # choices that may change at any time
-_BUILT_IN = ("size", "width", "z_dim", "seed", "n_images", "data_hash")  # choices that a run cannot change
+_BUILT_IN = ("size", "width", "z_dim", "seed", "feature_net", "feature_size", "n_images", "data_hash")  # choices that a run cannot change
 
 
 def check_same(
@@ -62,7 +62,8 @@ def check_same(
     allow_changes: bool = False,  # go on with changed choices where that is possible
 ) -> list[str]:  # what changes
     "Raise `CarprotoError` when a run would go on with other choices or other pictures; more steps are welcome."
-    old, new = {**run.config(), **load_json(run.path / "data.json")}, {**asdict(config), **data}
+    old = {**asdict(TrainConfig()), **run.config(), **load_json(run.path / "data.json")}  # a choice that is newer than the run has its default
+    new = {**asdict(config), **data}
     changed = [name for name, value in new.items() if old.get(name) != value and name not in _FREE]
     difference = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in changed]
     if not changed or allow_changes and not set(changed) & set(_BUILT_IN):
@@ -78,7 +79,7 @@ def check_health(
 ) -> None:
     "Raise `CarprotoError` when a loss is not a number, the discriminator has won for good, or all drawings are one."
     kept = f"the last good checkpoint is in {run.checkpoints}"
-    if not all(math.isfinite(row[name]) for name in ("loss_d", "loss_g")):
+    if not all(math.isfinite(row[name]) for name in ("loss_d", "loss_g", "loss_f") if name in row):
         raise CarprotoError(f"the loss is not a number at step {row['step']}: lower lr_g and lr_d, or use fp32; {kept}")
     if row["logit_real"] - row["logit_fake"] > 50:
         raise CarprotoError(f"the discriminator has won at step {row['step']}: lower lr_d or add pictures; {kept}")
@@ -165,6 +166,7 @@ def train_gan(
     max_minutes: float | None = None,  # stop cleanly after so long; None never
     allow_changes: bool = False,  # go on with a run although choices changed
     compile: bool = False,  # use torch.compile
+    feature_path: str | Path | None = None,  # safetensors of `config.feature_net`; None downloads torchvision's
     device: str | None = None,  # None takes the best at hand
     quiet: bool = False,  # no bars
 ) -> Result:  # the averaged generator and the record
@@ -173,7 +175,7 @@ def train_gan(
     processes = Processes(pick_device(device))
     try:
         changes = open_run(run, config, data, about or {}, allow_changes, processes)
-        trainer = Trainer(images, config, pick_device(device), processes=processes, compile=compile)
+        trainer = Trainer(images, config, pick_device(device), processes=processes, compile=compile, feature_path=feature_path)
         clock = resume(trainer, run, parent, max_minutes)
         if processes.is_main:
             note_session(trainer, run, changes)
@@ -331,6 +333,10 @@ def report(
             trainer.D.eval()
             seen, unseen = (to_tensor(x[:256]).to(trainer.device) for x in (trainer.feed.images, heldout))
             numbers["overfit"] = (trainer.D(seen).mean() - trainer.D(unseen).mean()).item()
+            if trainer.F is not None:
+                trainer.F.eval()
+                seen, unseen = (torch.cat(trainer.F(trainer.features(x)), 1) for x in (seen, unseen))
+                numbers["overfit_features"] = (seen.mean() - unseen.mean()).item()
     save_picture(image_grid(grid.cpu(), n_cols=8), run.samples / f"step_{trainer.step:08d}.jpg")
     if evaluate is not None:
         numbers |= evaluate(G)

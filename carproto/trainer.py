@@ -9,14 +9,17 @@ __all__ = ['TrainConfig', 'Trainer', 'keep_freed_memory']
 import copy
 import ctypes
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from fastcore.basics import patch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .blocks import choose_forms, fixed_weights
-from .core import CarprotoError, check_size, pick_precision, seeded
+from .core import CarprotoError, check_size, pick_precision, seeded, to_tensor
+from .feature_discriminator import FeatureDiscriminator, PretrainedFeatures
 from .feed import Feed
 from .losses import hinge_discriminator, hinge_generator
 from .processes import Processes, join_batches
@@ -44,6 +47,10 @@ class TrainConfig:
     lecam_start: int = 1000  # generator step from which LeCam acts
     ema_images: int = 10_000  # half-life of the generator's average, in images drawn
     n_frozen: int = 0  # lower blocks of the discriminator that stay fixed (FreezeD)
+    feature_net: str | None = None  # torchvision network on whose frozen features further heads are trained; None trains without
+    feature_size: int = 96  # side that images are resized to for that network, pixels
+    feature_weight: float = 1.0  # of the heads' hinge losses in the generator's loss
+    lr_f: float = 4e-4  # Adam's learning rate of the heads
     precision: str = "auto"  # "bf16", "fp32", or "auto": what the hardware computes fastest
     seed: int = 0  # of weights, order, codes and augmentation
     report_every: int = 500  # steps between sample grids and measurements
@@ -56,6 +63,8 @@ class TrainConfig:
         for name in ("width", "z_dim", "steps", "batch", "d_steps", "report_every"):
             if getattr(self, name) < 1:
                 raise CarprotoError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.feature_net is not None and not self.feature_weight > 0:
+            raise CarprotoError(f"feature_weight is {self.feature_weight}: it must be above 0, or leave feature_net out")
         n_blocks = self.size.bit_length() - 2
         if not 0 <= self.n_frozen <= n_blocks:
             raise CarprotoError(f"n_frozen is {self.n_frozen}: at {self.size} px choose 0 to {n_blocks}, which leaves the last layer")
@@ -74,6 +83,7 @@ class Trainer:
         *,
         processes: Processes | None = None,  # who trains together; None means this process alone
         compile: bool = False,  # let torch.compile make both networks faster; costs a minute at the start
+        feature_path: str | Path | None = None,  # safetensors of `config.feature_net`; None downloads torchvision's
     ):
         self.processes = processes or Processes(device)
         self.config, self.device, self.step = config, self.processes.device, 0
@@ -81,6 +91,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory()  # before the forms are timed: they are fast or slow with it
         self._build_networks(compile)
+        self._build_heads(images, feature_path)
         if self.device.type == "cpu":
             keep_freed_memory()  # what timing took goes back
         self._build_sources(images)
@@ -116,6 +127,26 @@ def _build_sources(self: Trainer, images: torch.Tensor) -> None:
     self.feed = Feed(images, config.batch, seeded(config.seed + 2), self.device, part=part)
     self.noise = seeded(config.seed + 3 + 1_000_003 * processes.index, self.device)
     self.augment, self.lecam = DiffAugment(config.augment), LeCam(config.lecam_decay, average=processes.mean)
+
+# %% ../nbs/33_trainer.ipynb #a3c2f5e2
+@patch
+def _build_heads(self: Trainer, images: torch.Tensor, path: str | Path | None) -> None:
+    "Make the heads on pretrained features and their optimizer, where the configuration names a network."
+    config, self.features, self.F = self.config, None, None
+    if config.feature_net is None:
+        return
+    self.features = PretrainedFeatures(config.feature_net, path, size=config.feature_size, precision=self.precision).to(self.device)
+    self.F = FeatureDiscriminator(self.features.taps, seed=config.seed + 4)
+    self.F.to(device=self.device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        self.F.measure_rms(self.features(to_tensor(images[:64]).to(self.device)))
+    self.trained_f = [p for p in self.F.parameters() if p.requires_grad]
+    self.score_features = self.processes.wrap(self.F)
+    options = {"betas": (config.beta1, config.beta2), "fused": True}
+    self.optimizer_f = torch.optim.Adam(self.trained_f, lr=config.lr_f, **options)
+    for p in self.trained_f:
+        p.requires_grad_(False)
+    self.parts = (*Trainer.parts, "F", "optimizer_f")
 
 # %% ../nbs/33_trainer.ipynb #7e628634
 @patch
@@ -193,7 +224,33 @@ def step_discriminator(
         total.backward()
     self.optimizer_d.step()
     self.D.requires_grad_(False)
-    return {"loss_d": loss.detach(), "logit_real": logit_real.detach().mean(), "logit_fake": logit_fake.detach().mean()}
+    row = {"loss_d": loss.detach(), "logit_real": logit_real.detach().mean(), "logit_fake": logit_fake.detach().mean()}
+    return row | self._step_heads(both)
+
+
+@patch
+def _step_heads(
+    self: Trainer,
+    both: torch.Tensor,  # augmented images (2N, 3, H, W), the real ones first
+) -> dict[str, torch.Tensor]:  # a scalar, the heads' loss "loss_f"; nothing without heads
+    "Do one step of the heads on pretrained features."
+    if self.F is None:
+        return {}
+    with torch.no_grad():
+        maps = self.features(both)
+    self.F.train()
+    for p in self.trained_f:
+        p.requires_grad_(True)
+    with fixed_weights(self.F, self.precision):
+        with self.autocast():
+            logits = self.score_features(maps)
+        loss = sum(hinge_discriminator(*one.chunk(2)) for one in logits)
+        loss.backward()
+    self.optimizer_f.step()
+    self.optimizer_f.zero_grad()
+    for p in self.trained_f:
+        p.requires_grad_(False)
+    return {"loss_f": loss.detach()}
 
 # %% ../nbs/33_trainer.ipynb #12c7b141
 @patch
@@ -203,11 +260,15 @@ def step_generator(
     "Do one step of the generator and of its average."
     self._free_gradients()
     self.D.eval()
-    with fixed_weights(self.D, self.precision):
+    heads = nullcontext() if self.F is None else fixed_weights(self.F.eval(), self.precision)
+    with fixed_weights(self.D, self.precision), heads:
         with self.autocast():
-            logits = self.D(self.augment(self.draw(self.codes()), self.noise))
+            images = self.augment(self.draw(self.codes()), self.noise)
+            logits = self.D(images)
+            scores = [] if self.F is None else self.F(self.features(images))
         loss = hinge_generator(logits)
-        loss.backward()
+        total = loss + self.config.feature_weight * sum(hinge_generator(one) for one in scores)
+        total.backward()
     self.optimizer_g.step()
     self.step += 1
     decay = min(0.5 ** (self.config.batch / self.config.ema_images), self.step / (10 + self.step))
@@ -229,6 +290,8 @@ def state_dict(
 ) -> dict:  # tensors and numbers; all but the count of steps
     "Return all that the next step depends on; every process must ask for it at the same time."
     parts = {name: getattr(self, name).state_dict() for name in self.parts}
+    if self.F is not None:
+        parts["features"] = self.features.fingerprint
     return {**parts, "noise": self.processes.collect(self.noise.get_state()), "forms": self.forms, "config": asdict(self.config)}
 
 
@@ -238,6 +301,7 @@ def load_state_dict(
     state: dict,  # from `state_dict`, and the count of steps as "step"
 ) -> None:
     "Take up a state again; raise `CarprotoError` when it is of another architecture, version or number of processes."
+    self._check_heads(state)
     try:
         for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
@@ -255,9 +319,22 @@ def load_state_dict(
 @patch
 def set_rates(self: Trainer) -> None:
     "Let the configuration's learning rates hold, whatever rates a loaded state had."
-    for optimizer, lr in ((self.optimizer_g, self.config.lr_g), (self.optimizer_d, self.config.lr_d)):
+    rates = [(self.optimizer_g, self.config.lr_g), (self.optimizer_d, self.config.lr_d)]
+    if self.F is not None:
+        rates.append((self.optimizer_f, self.config.lr_f))
+    for optimizer, lr in rates:
         for group in optimizer.param_groups:
             group["lr"] = lr
+
+
+@patch
+def _check_heads(self: Trainer, state: dict) -> None:
+    "Refuse a state whose heads are missing, superfluous, or were trained on other features."
+    if ("F" in state) != (self.F is not None):
+        held = "with" if "F" in state else "without"
+        raise CarprotoError(f"the checkpoint was trained {held} heads on pretrained features: set feature_net as it was")
+    if self.F is not None and state.get("features") != self.features.fingerprint:
+        raise CarprotoError(f"the heads were trained on other weights of {self.features.name}: name the file that was used")
 
 # %% ../nbs/33_trainer.ipynb #b5967dde
 @patch
@@ -267,4 +344,8 @@ def start_from(
 ) -> None:
     "Take weights, average, Adam's state and LeCam's means from a parent run; order, draws and forms are this run's own."
     own = {"feed": self.feed.state_dict(), "noise": self.processes.collect(self.noise.get_state()), "forms": self.forms, "step": 0}
+    if self.F is None:
+        parent = {name: value for name, value in parent.items() if name not in ("F", "optimizer_f", "features")}
+    elif "F" not in parent:
+        own |= {"F": self.F.state_dict(), "optimizer_f": self.optimizer_f.state_dict(), "features": self.features.fingerprint}
     self.load_state_dict({**parent, **own})
