@@ -156,7 +156,8 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
     turn = {2: [0], 3: [3], 4: [1], 5: [5], 6: [4], 7: [6], 8: [2]}.get(orientation, [])
     for step in turn:
         picture = picture.transpose(Image.Transpose(step))
-    return picture.convert("RGB")
+    is_own = picture.mode == "RGB" and not hasattr(picture, "fp")  # of no file: it needs no copy
+    return picture if is_own else picture.convert("RGB")
 
 
 def _by_strips(picture: Image.Image, convert: Callable[[Image.Image], Image.Image], n_pixels: int = 2_000_000) -> Image.Image:
