@@ -103,7 +103,17 @@ def decoded_picture(
     source: str | Path | bytes | io.BytesIO,  # a file, or its content
     at_least: int | None = None,  # a JPEG may be decoded smaller while both sides keep so many pixels; None decodes all of it
 ) -> Iterator[tuple[Image.Image, tuple[int, int]]]:  # the picture as from `open_picture`, and its width and height in the file
-    "Decode a picture for a block of code, within the pixels that all threads share."
+    "Decode a picture for a block of code, within the pixels that all threads share; it is closed when the block ends."
+    with _held_picture(source, at_least) as (picture, size):
+        try:
+            yield picture, size
+        finally:
+            picture.close()
+
+
+@contextmanager
+def _held_picture(source: str | Path | bytes | io.BytesIO, at_least: int | None = None) -> Iterator[tuple[Image.Image, tuple[int, int]]]:
+    "Decode a picture, and hold its pixels of the budget until the block ends."
     name = "the picture" if isinstance(source, (bytes, io.BytesIO)) else Path(source).name
     content = source if isinstance(source, (bytes, io.BytesIO)) else read_file(source, _MAX_PICTURE_BYTES)
     with _readable(name):
@@ -139,7 +149,7 @@ def open_picture(
     source: str | Path | bytes | io.BytesIO,  # a file, or its content
 ) -> Image.Image:  # upright, 8-bit RGB; transparency is laid on white; the first frame of an animation
     "Decode a picture fully; raise `CarprotoError` for a broken, empty, tiny or enormous one, or one of a format that is not allowed."
-    with decoded_picture(source) as (picture, _):
+    with _held_picture(source) as (picture, _):
         return picture
 
 # %% ../nbs/00_core.ipynb #afdd7140
@@ -201,7 +211,7 @@ def fit_square(
         square = Image.new("RGB", (size, size), _rim_colour(picture))
         square.paste(picture.resize((width, height), Image.Resampling.LANCZOS), ((size - width) // 2, (size - height) // 2))
         return square
-    return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.LANCZOS)
+    return picture.copy() if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def _rim_colour(picture: Image.Image) -> tuple[int, ...]:
