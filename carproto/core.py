@@ -8,6 +8,7 @@ __all__ = ['PICTURE_FORMATS', 'FITS', 'CarprotoError', 'check_size', 'read_file'
            'atomic_path', 'save_json', 'load_json', 'cache_folder', 'describe_environment', 'RunFolder', 'progress']
 
 # %% ../nbs/00_core.ipynb #1aea03dc
+import ctypes
 import dataclasses
 import io
 import json
@@ -109,6 +110,15 @@ def decoded_picture(
             yield picture, size
         finally:
             picture.close()
+            if size[0] * size[1] > _MAX_PIXELS // 8:
+                _return_free_memory()
+
+
+def _return_free_memory() -> None:
+    "Make glibc give back what it keeps for each thread: eight threads may keep a large picture's memory each."
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim:
+        trim(0)
 
 
 @contextmanager
