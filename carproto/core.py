@@ -114,7 +114,7 @@ _PIXELS_AT_ONCE = _PixelBudget(_MAX_PIXELS)
 def decoded_picture(
     source: str | Path | bytes | io.BytesIO,  # a file, or its content
     at_least: int | None = None,  # a JPEG may be decoded smaller while both sides keep so many pixels; None decodes all of it
-) -> Iterator[tuple[Image.Image, tuple[int, int]]]:  # the picture as from `open_picture`, and its width and height in the file
+) -> Iterator[tuple[Image.Image, tuple[int, int]]]:  # as from `open_picture`, and its full width and height
     "Decode a picture for a block of code, within the pixels that all threads share; it is closed when the block ends."
     with _held_picture(source, at_least) as (picture, size):
         try:
@@ -152,7 +152,8 @@ def _held_picture(source: str | Path | bytes | io.BytesIO, at_least: int | None 
                 picture.load()
                 decoded = _as_rgb(picture)
                 picture.close()
-            yield decoded, size
+            is_turned = (decoded.width > decoded.height) != (size[0] > size[1])
+            yield decoded, size[::-1] if is_turned else size
 
 
 @contextmanager
