@@ -24,7 +24,7 @@ from .compact import compact_run
 from .core import CarprotoError, draw_latents, fit_square, load_json, open_picture, save_json, to_tensor
 from .crawl import crawl, export_url_list, write_data_card
 from .curate import contact_sheet, count_reasons, curate
-from .dataset import open_cars
+from .dataset import open_both, open_cars, open_unseen
 from .demo import DemoPlan, run_demo
 from .dial import calibrate
 from .encode import EncoderConfig, train_encoder
@@ -102,8 +102,7 @@ def carproto_demo(
 # %% ../nbs/60_cli.ipynb #d812a8c5
 def _open_both(data: str, size: int, fit: str, heldout: str) -> tuple:
     "Open training and held-out cars."
-    train = open_cars(data, size, fit=fit, split=None if heldout else "train")
-    return train, open_cars(heldout or data, size, fit=fit, split=None if heldout else "heldout")
+    return open_both(data, heldout or None, size, fit=fit)
 
 
 def _judge(extractor: str, extractor_size: int, train: torch.Tensor, heldout: torch.Tensor) -> Evaluator | None:
@@ -417,9 +416,9 @@ def carproto_evaluate(
 ):
     "Measure a run's generator against held-out cars: KID, coverage, copy rate and more."
     G = best_generator(run)
-    is_one_set = data == train or data.startswith("toycars")
-    heldout = open_cars(data, G.size, fit=fit, split="heldout" if is_one_set else None).images
-    seen = open_cars(train, G.size, fit=fit, split="train" if is_one_set else None).images if train else None
+    about = load_json(Path(run) / "data.json") if (Path(run) / "data.json").exists() else {}
+    unseen, trained = open_unseen(data, train or None, G.size, fit=fit, trained_hash=about.get("data_hash"))
+    heldout, seen = unseen.images, None if trained is None else trained.images
     looks = feature_extractor(extractor, size=extractor_size or None)
     numbers = Evaluator(heldout, looks, train=seen, n_fake=n_fake or None, show_bar=True).evaluate(G)
     save_json({"data": data, "train": train, "fit": fit, "generator": G.fingerprint(), **numbers}, Path(run) / "evaluation.json")

@@ -8,6 +8,7 @@ __all__ = ['curate', 'undo_curation', 'count_reasons', 'contact_sheet']
 # %% ../nbs/19_curate.ipynb #5e783ecb
 import json
 import os
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import CarprotoError, atomic_path, fit_square, open_picture, progress, to_tensor
-from .dataset import PictureStore
+from .core import CarprotoError, atomic_path, decoded_picture, fit_square, progress, read_file, to_tensor
+from .dataset import PictureStore, find_picture, list_folder, list_manifests, spell_names
 from .duplicates import hash_pictures, near_duplicates, shrink_pictures
 from .labelling import read_labels
-from .manifest import lock_folder, read_lines
+from .manifest import format_line, list_reasons, lock_folder, read_lines, write_lines
 from .quality import judge_quality
 from .views import KEPT_VIEWS, VIEWS
 from .viz import image_grid
@@ -30,6 +31,8 @@ from .viz import image_grid
 # %% ../nbs/19_curate.ipynb #81e727b2
 _VERDICT = ("keep", "reasons", "view_guess", "view_confidence", "copy_of")  # the fields that `curate` writes
 _BLOCK = 256  # pictures
+_ENOUGH_PIXELS = 1024  # a side from which no verdict gains by more
+_MAX_FILE_BYTES = 64_000_000  # as `PictureStore.read` takes
 
 
 class _PictureSet:
@@ -42,17 +45,24 @@ class _PictureSet:
         self.hashes, self.thumbnails = np.zeros((n, 2), np.uint64), np.zeros((n, 3, 32, 32), np.uint8)
         self.chances = {}  # of the views, by place, where they were asked for
         self.is_fixed = self.store.zip is not None  # nothing can be written into a zip
+        self.manifests = list(dict.fromkeys(["metadata.jsonl", *list_manifests(self.store.files)]))
+        if self.store.left_out:
+            print(f"carproto: not taken from {self.path.name}: {self.store.describe_left_out()}", file=sys.stderr)
+
+    def home(self, name: str) -> str:
+        "Name the nearest metadata.jsonl above a picture."
+        return next(file for file in reversed(self.manifests) if name.startswith(file.removesuffix("metadata.jsonl")))
 
     def look(self, i: int, quality: dict, wants_square: bool) -> Image.Image | None:
         "Note what picture `i` is like; return it as a square when wanted and readable."
         try:
-            picture = open_picture(self.store.read(self.names[i]))
+            with decoded_picture(self.store.read(self.names[i]), at_least=_ENOUGH_PIXELS) as (picture, size):
+                self.reasons[i], self.areas[i] = judge_quality(picture, size=size, **quality), size[0] * size[1]
+                self.hashes[i], self.thumbnails[i] = hash_pictures([picture])[0], shrink_pictures([picture])[0]
+                return fit_square(picture, 128, "letterbox") if wants_square else None
         except CarprotoError as error:
             self.reasons[i] = [f"unreadable ({str(error).removeprefix('the picture: ').split(' (cannot identify')[0]})"]
             return None
-        self.reasons[i], self.areas[i] = judge_quality(picture, **quality), picture.width * picture.height
-        self.hashes[i], self.thumbnails[i] = hash_pictures([picture])[0], shrink_pictures([picture])[0]
-        return fit_square(picture, 128, "letterbox") if wants_square else None
 
     def look_at_all(self, quality: dict, classify_view: Callable | None, quiet: bool) -> None:
         "Look at every picture, and guess the views when there is a classifier."
@@ -74,28 +84,72 @@ class _PictureSet:
             pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/19_curate.ipynb #c2cb3357
-def _read_rows(folder: Path) -> tuple[list[dict], list[str]]:
-    "Read the lines of a folder's metadata.jsonl, the broken ones apart; a last line may lack its end."
-    rows, broken = read_lines(folder / "metadata.jsonl")
+def _read_rows(path: Path) -> tuple[list[dict], list[str]]:
+    "Read the lines of a metadata.jsonl, the broken ones apart; a last line may lack its end."
+    rows, broken = read_lines(path)
     if broken and not broken[-1].endswith("\n"):
         try:
             rows.append(dict(json.loads(broken[-1])))
             broken.pop()
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             pass
-    return rows, broken
+    named = [row for row in rows if isinstance(row.get("file_name"), str)]
+    return named, [*broken, *(format_line(row) for row in rows if not isinstance(row.get("file_name"), str))]
 
 
-def _write_rows(folder: Path, rows: list[dict], broken: Sequence[str] = ()) -> None:
-    "Write a folder's metadata.jsonl atomically, after setting broken lines aside."
+def _write_rows(path: Path, rows: list[dict], broken: Sequence[str] = ()) -> None:
+    "Write a metadata.jsonl atomically, after setting broken lines aside."
     if broken:
-        aside = folder / "metadata.broken.jsonl"
-        before = aside.read_text(encoding="utf-8") if aside.exists() else ""
+        aside = path.with_name("metadata.broken.jsonl")
+        before = aside.read_bytes() if aside.exists() else b""
         with atomic_path(aside) as temporary:
-            temporary.write_text(before + "".join(line.rstrip("\n") + "\n" for line in broken), encoding="utf-8")
-        warnings.warn(f"{len(broken)} broken lines of {folder / 'metadata.jsonl'} are now in {aside.name}", stacklevel=3)
-    with atomic_path(folder / "metadata.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            temporary.write_bytes(before + "".join(line.rstrip("\n") + "\n" for line in broken).encode("utf-8", "backslashreplace"))
+        warnings.warn(f"{len(broken)} broken lines of {path} are now in {aside.name}", stacklevel=3)
+    write_lines(path, rows)
+
+
+class _Known:
+    "What the manifests of a set say: of each picture, of others, and what is broken."
+
+    def __init__(self, one: _PictureSet):
+        self.one, self.rows, self.farther, self.others, self.broken = one, {}, {}, {}, {}
+        spellings, names = spell_names(one.store), set(one.names)
+        for file in [] if one.store.zip else one.manifests:
+            rows, self.broken[file] = _read_rows(one.path / file)
+            here, self.others[file] = {}, []
+            for row in rows:
+                name = find_picture(file, row["file_name"], spellings)
+                if name not in names:
+                    self.others[file].append(row)
+                else:
+                    here[name] = row | {"file_name": name}
+            for name, row in here.items():
+                self.rows[name] = self.rows.get(name, {}) | row
+                if one.home(name) != file:  # a nearer manifest takes the verdict
+                    self.farther[name] = self.farther.get(name, {}) | _without_verdict(row)
+                    self.others[file].append(_without_verdict(row) | {"file_name": _name_in(file, name)})
+
+    def write(self, rows: list[dict]) -> None:
+        "Write each picture's row to its nearest manifest."
+        by_file = {file: [] for file in self.one.manifests}
+        for row in rows:
+            name = row["file_name"]
+            file, farther = self.one.home(name), self.farther.get(name, {})
+            new = {key: value for key, value in row.items() if key not in farther or farther[key] != value}
+            by_file[file].append({"file_name": _name_in(file, name)} | {key: value for key, value in new.items() if key != "file_name"})
+        for file, own in by_file.items():
+            if own or self.others[file] or self.broken[file]:
+                _write_rows(self.one.path / file, own + self.others[file], self.broken[file])
+
+
+def _name_in(file: str, name: str) -> str:
+    "Name a picture as seen from the folder of a metadata.jsonl above it."
+    return name.removeprefix(file.removesuffix("metadata.jsonl"))
+
+
+def _without_verdict(row: dict) -> dict:
+    "Drop the fields that `curate` writes."
+    return {key: value for key, value in row.items() if key not in _VERDICT}
 
 # %% ../nbs/19_curate.ipynb #24b822b6
 def curate(
@@ -118,19 +172,20 @@ def curate(
         other.is_fixed |= theirs_stay
     with ExitStack() as locks:
         for one in (ours, *theirs):
-            if not one.is_fixed:
-                locks.enter_context(lock_folder(one.path))
+            for file in [] if one.is_fixed else one.manifests:
+                locks.enter_context(lock_folder((one.path / file).parent))
         ours.look_at_all(quality or {}, classify_view, quiet)
         for other in theirs:
             other.look_at_all({}, None, quiet)
-        lines = {other: _read_verdicts(other, ours) for other in theirs}
-        lines[ours] = _fresh_verdicts(ours)
-        _judge_views(ours, lines[ours][0], views, min_confidence)
-        _judge_copies(ours, {one: rows for one, (rows, *_) in lines.items()})
-        for one, (rows, rest, broken) in lines.items():
+        known = {one: _Known(one) for one in (*theirs, ours)}
+        rows = {other: _read_verdicts(other, ours, known[other].rows) for other in theirs}
+        rows[ours] = _fresh_verdicts(ours, known[ours].rows)
+        _judge_views(ours, rows[ours], views, min_confidence)
+        _judge_copies(ours, rows)
+        for one in rows:
             if not one.is_fixed:
-                _write_rows(one.path, [*rows, *rest], broken)
-        return lines[ours][0]
+                known[one].write(rows[one])
+        return rows[ours]
 
 
 def _open_sets(folder: str | Path, against: str | Path | Sequence[str | Path]) -> tuple[_PictureSet, list[_PictureSet]]:
@@ -138,37 +193,32 @@ def _open_sets(folder: str | Path, against: str | Path | Sequence[str | Path]) -
     if Path(folder).is_file():
         raise CarprotoError(f"{folder} is a file: unpack it into a folder and curate that, since verdicts are written beside the pictures")
     ours, *theirs = (_PictureSet(Path(path)) for path in [folder, *([against] if isinstance(against, (str, Path)) else against)])
-    deeper = [name for name in ours.store.files if name.endswith("/metadata.jsonl")]
-    if deeper and not (ours.path / "metadata.jsonl").exists():
-        raise CarprotoError(f"the metadata.jsonl lies in {(ours.path / deeper[0]).parent}: curate that folder")
+    if len(ours.manifests) > 1 and not (ours.path / "metadata.jsonl").exists():
+        places = [str((ours.path / file).parent) for file in ours.manifests[1:]]
+        hint = "that folder" if len(places) == 1 else "each of them, against the others"
+        raise CarprotoError(f"the metadata.jsonl lies in {', '.join(places[:4])}: curate {hint}")
     if any(os.path.samefile(ours.path, other.path) for other in theirs):
         raise CarprotoError(f"{folder} cannot be judged against itself: name another set")
     return ours, theirs
 
 # %% ../nbs/19_curate.ipynb #a4665b61
-def _fresh_verdicts(ours: _PictureSet) -> tuple[list[dict], list[dict], list[str]]:
-    "Make one row for each picture, without old verdicts; return also the other rows and the broken lines."
-    rows, broken = _read_rows(ours.path)
-    known = {row["file_name"]: {k: v for k, v in row.items() if k not in _VERDICT} for row in rows if row.get("file_name")}
+def _fresh_verdicts(ours: _PictureSet, known: dict[str, dict]) -> list[dict]:
+    "Make one row for each picture, without old verdicts."
+    known = {name: _without_verdict(row) for name, row in known.items()}
     for name, view in read_labels(ours.path).items():
         known.setdefault(name, {"file_name": name})["view"] = view
-    names = set(ours.names)
-    fresh = [{"file_name": name, **known.get(name, {}), "keep": not why, "reasons": why} for name, why in zip(ours.names, ours.reasons)]
-    return fresh, [row for row in rows if row.get("file_name") not in names], broken
+    return [{"file_name": name, **known.get(name, {}), "keep": not why, "reasons": why} for name, why in zip(ours.names, ours.reasons)]
 
 
-def _read_verdicts(other: _PictureSet, ours: _PictureSet) -> tuple[list[dict], list[dict], list[str]]:
-    "Read the rows of another set, and take back what an earlier run said there about copies of our pictures."
-    rows, broken = ([], []) if other.store.zip else _read_rows(other.path)
-    known = {row["file_name"]: row for row in rows if row.get("file_name")}
+def _read_verdicts(other: _PictureSet, ours: _PictureSet, known: dict[str, dict]) -> list[dict]:
+    "Make the rows of another set, and take back what an earlier run said there about copies of our pictures."
     prefix = _name_from(other, ours, "")
     for row in known.values():
         if str(row.get("copy_of", "")).startswith(prefix):
-            row["reasons"] = [why for why in row["reasons"] if why != f"near-duplicate of {row['copy_of']}"]
+            row["reasons"] = [why for why in list_reasons(row) if why != f"near-duplicate of {row['copy_of']}"]
             row["keep"] = not row["reasons"]
             del row["copy_of"]
-    names = set(other.names)
-    return [known.get(name, {"file_name": name}) for name in other.names], [row for row in rows if row.get("file_name") not in names], broken
+    return [known.get(name, {"file_name": name}) for name in other.names]
 
 
 def _name_from(here: _PictureSet, there: _PictureSet, name: str) -> str:
@@ -209,7 +259,7 @@ def _judge_copies(ours: _PictureSet, rows: dict[_PictureSet, list[dict]]) -> Non
             if one is ours or (best is ours and not one.is_fixed):  # copies within another set are its own affair
                 row = rows[one][i]
                 row["copy_of"] = _name_from(one, best, best.names[k])
-                row["reasons"] = [*row.get("reasons", []), f"near-duplicate of {row['copy_of']}"]
+                row["reasons"] = [*list_reasons(row), f"near-duplicate of {row['copy_of']}"]
                 row["keep"] = False
 
 # %% ../nbs/19_curate.ipynb #b9c13a76
@@ -217,10 +267,16 @@ def undo_curation(
     folder: str | Path,  # as given to `curate`
 ) -> int:  # verdicts removed
     "Take all verdicts back; what else metadata.jsonl says stays."
-    with lock_folder(folder):
-        rows, broken = _read_rows(Path(folder))
-        _write_rows(Path(folder), [{k: v for k, v in row.items() if k not in _VERDICT} for row in rows], broken)
-    return sum("keep" in row for row in rows)
+    if not Path(folder).is_dir():
+        raise CarprotoError(f"{folder} is no folder: name the one that was curated")
+    n_verdicts = 0
+    for file in list_manifests(list_folder(Path(folder))[0]):
+        path = Path(folder) / file
+        with lock_folder(path.parent):
+            rows, broken = _read_rows(path)
+            n_verdicts += sum("keep" in row for row in rows)
+            _write_rows(path, [_without_verdict(row) for row in rows], broken)
+    return n_verdicts
 
 # %% ../nbs/19_curate.ipynb #2ce24ff8
 def count_reasons(
@@ -249,14 +305,15 @@ def contact_sheet(
     n_each, cells, labels = min(n_each, max(counts.values())), [], []
     for kind, count in counts.most_common():
         names = [row["file_name"] for row in verdicts if kind in map(_kind, row["reasons"])][:n_each]
-        cells += [_thumbnail(Path(folder) / name) for name in names] + [Image.new("RGB", (96, 96), "white")] * (n_each - len(names))
+        cells += [_thumbnail(folder, name) for name in names] + [Image.new("RGB", (96, 96), "white")] * (n_each - len(names))
         labels.append(f"{kind}: {count}")
     return image_grid(cells, n_each, 1, row_labels=labels)
 
 
-def _thumbnail(path: Path) -> Image.Image:
-    "Open a picture small; a grey square stands for one that does not open."
+def _thumbnail(folder: str | Path, name: str) -> Image.Image:
+    "Open a picture small; a grey square stands for one that does not open, or does not lie in the folder."
     try:
-        return fit_square(open_picture(path), 96, "letterbox")
+        with decoded_picture(read_file(name, _MAX_FILE_BYTES, folder), at_least=_ENOUGH_PIXELS) as (picture, _):
+            return fit_square(picture, 96, "letterbox")
     except CarprotoError:
         return Image.new("RGB", (96, 96), "silver")

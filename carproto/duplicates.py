@@ -162,7 +162,8 @@ def unexplained(
     left = torch.full((len(pairs),), torch.inf)
     for zoom, same_tones, side in ((0.0, False, 0), (0.0, True, 0), (0.0, True, 1), (0.1, False, 0), (0.1, False, 1)):
         hopeful = left.isinf() | (left > enough) & (left < 0.6)
-        for part in torch.nonzero(hopeful).flatten().split(64):  # few at a time stay in the processor's cache
+        parts = torch.nonzero(hopeful).flatten().split(64)  # few at a time stay in the processor's cache
+        for part in parts if hopeful.any() else ():
             a, b = (torch.from_numpy(thumbnails[pairs[part.numpy(), k]]).float() for k in (side, 1 - side))
             left[part] = torch.minimum(left[part], _approach(a, b, zoom, same_tones))
     return left.numpy()
@@ -181,31 +182,95 @@ def near_duplicates(
         raise CarprotoError(f"expected hashes as uint64 (N, 2), got {hashes.dtype} {hashes.shape}: make them with hash_pictures")
     if len(hashes) < 2:
         return []
-    unique, index, kind = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    _, first, kind = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    labels = first[kind.ravel()]  # the first picture of the same hash
     if thumbnails is None:
-        pairs = close_pairs(unique, 8 if max_distance is None else max_distance)
+        ends = first[close_pairs(hashes[first], 8 if max_distance is None else max_distance)]
     else:
-        shown = np.asarray(thumbnails)[index]
-        pairs = _candidates(unique, shown, 23 if max_distance is None else max_distance)
-        pairs = pairs[unexplained(shown, pairs, enough=max_unexplained) <= max_unexplained]
-    labels = _components(len(unique), pairs)[kind.ravel()]
+        thumbnails = np.asarray(thumbnails)
+        labels = _join_equal_hashes(labels, thumbnails, max_unexplained)
+        first = np.unique(labels)  # one picture stands for each group of copies
+        ends = first[_candidates(hashes[first], thumbnails[first], 23 if max_distance is None else max_distance)]
+        ends = ends[unexplained(thumbnails, ends, enough=max_unexplained) <= max_unexplained]
+    labels = _components(len(hashes), np.concatenate([ends, np.stack([labels, np.arange(len(hashes))], 1)]))
     order = np.argsort(labels, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
     return sorted(group.tolist() for group in groups if len(group) > 1)
+
+# %% ../nbs/12_duplicates.ipynb #d2f2268e
+def _join_equal_hashes(labels: np.ndarray, thumbnails: np.ndarray, max_unexplained: float, n_rounds: int = 8) -> np.ndarray:
+    "Divide the pictures of one hash into groups of copies; label each by the first of its group."
+    result, seen = np.arange(len(labels)), {}
+    is_shared = np.bincount(labels, minlength=len(labels))[labels] > 1
+    for i in np.flatnonzero(is_shared):
+        result[i] = seen.setdefault((labels[i], thumbnails[i].tobytes()), i)
+    rest = np.flatnonzero(is_shared & (result == np.arange(len(labels))))
+    for _ in range(n_rounds):
+        _, start, place = np.unique(labels[rest], return_index=True, return_inverse=True)
+        pairs = np.stack([rest[start[place]], rest], 1)
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+        if not len(pairs):
+            return result[result]
+        is_copy = unexplained(thumbnails, pairs, enough=max_unexplained) <= max_unexplained
+        result[pairs[is_copy, 1]] = pairs[is_copy, 0]
+        rest = pairs[~is_copy, 1]
+    pairs = _nearest_by_tint(labels, rest, thumbnails)
+    pairs = pairs[unexplained(thumbnails, pairs, enough=max_unexplained) <= max_unexplained]
+    result = _components(len(labels), np.concatenate([pairs, np.stack([result, np.arange(len(labels))], 1)]))
+    return result
+
+
+def _nearest_by_tint(labels: np.ndarray, rest: np.ndarray, thumbnails: np.ndarray, n_nearest: int = 4, n_at_once: int = 2048) -> np.ndarray:
+    "Pair each picture with those of its hash that are most alike in light and colour."
+    found = [np.empty((0, 2), dtype=np.int64)]
+    for label in np.unique(labels[rest]):
+        group = rest[labels[rest] == label]
+        tints = _tints(thumbnails[group])
+        group, tints = group[tints[:, :3].sum(1).argsort()], tints[tints[:, :3].sum(1).argsort()]
+        for k in range(0, max(1, len(group) - n_at_once // 2), n_at_once // 2):  # overlapping parts keep the cost of a huge group linear
+            some, part = group[k : k + n_at_once], torch.from_numpy(tints[k : k + n_at_once])
+            near = torch.cdist(part, part).fill_diagonal_(torch.inf).topk(min(n_nearest, len(some) - 1), largest=False).indices.numpy()
+            found.append(np.stack([np.repeat(some, near.shape[1]), some[near].ravel()], 1))
+    return np.unique(np.sort(np.concatenate(found), axis=1), axis=0)
+
+
+def _tints(thumbnails: np.ndarray) -> np.ndarray:
+    "Describe thumbnails by their mean colour and that of 16 cells, 51 numbers."
+    cells = thumbnails.reshape(len(thumbnails), 3, 4, 8, 4, 8).mean((3, 5), dtype=np.float32)
+    return np.concatenate([cells.mean((2, 3)), cells.reshape(len(thumbnails), 48) / 4], 1)
 
 # %% ../nbs/12_duplicates.ipynb #eabe6fbe
 def _candidates(hashes: np.ndarray, thumbnails: np.ndarray, max_distance: int) -> np.ndarray:
     "Pair pictures whose hashes are close, as they are or with one of them trimmed, and whose grey patterns correlate."
     n, twice = len(hashes), np.concatenate([hashes, _trimmed_hashes(thumbnails)])
-    entries, first = np.unique(twice, axis=0, return_index=True)
-    found = first[close_pairs(entries, max_distance)]
+    entries, kind = np.unique(twice, axis=0, return_inverse=True)
+    found = _spread(close_pairs(entries, max_distance), kind.ravel())
     ends = np.sort(found % n, axis=1)
     is_pair = (ends[:, 0] < ends[:, 1]) & (found < n).any(1)
-    pairs = _nearest_only(ends[is_pair], hamming_distance(*twice[found[is_pair]].swapaxes(0, 1)))
+    ends, found = ends[is_pair], found[is_pair]
+    distance, tints = hamming_distance(*twice[found].swapaxes(0, 1)).astype(np.float32), _tints(thumbnails)
+    for k in range(0, len(ends), 100_000):  # a difference in colour decides between pairs of equal distance
+        a, b = tints[ends[k : k + 100_000]].swapaxes(0, 1)
+        distance[k : k + 100_000] += np.minimum(np.abs(a - b).mean(1) / 256, 0.99)
+    pairs = _nearest_only(ends, distance)
     grey = thumbnails.reshape(n, 3, 8, 4, 8, 4).mean((1, 3, 5), dtype=np.float32).reshape(n, 64)
     grey -= grey.mean(1, keepdims=True)
     grey /= np.linalg.norm(grey, axis=1, keepdims=True) + 1e-6
     return pairs[(grey[pairs[:, 0]] * grey[pairs[:, 1]]).sum(1) > 0.8]
+
+
+def _spread(pairs: np.ndarray, kind: np.ndarray, n_most: int = 16) -> np.ndarray:
+    "Turn pairs of entries into pairs of their members, and pair the members of one entry."
+    order = np.argsort(kind, kind="stable")
+    start = np.searchsorted(kind[order], np.arange(kind.max() + 2))
+    n_members = np.minimum(np.diff(start), n_most)
+    several = np.flatnonzero(n_members > 1)
+    pairs = np.concatenate([pairs, np.stack([several, several], 1)])
+    n_each = n_members[pairs].prod(1)
+    which = np.repeat(np.arange(len(pairs)), n_each)
+    step = np.arange(len(which)) - np.repeat(np.cumsum(n_each) - n_each, n_each)
+    n_right = n_members[pairs[which, 1]]
+    return np.stack([order[start[pairs[which, 0]] + step // n_right], order[start[pairs[which, 1]] + step % n_right]], 1)
 
 
 def _trimmed_hashes(thumbnails: np.ndarray, share: float = 0.05) -> np.ndarray:

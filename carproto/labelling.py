@@ -7,7 +7,6 @@ __all__ = ['KEYS', 'labels_file', 'read_labels', 'write_label', 'LabelPanel']
 
 # %% ../nbs/17_labelling.ipynb #88797b74
 import io
-import json
 import os
 from collections.abc import Callable
 from html import escape
@@ -19,7 +18,7 @@ from PIL import Image
 
 from .core import CarprotoError, fit_square, open_picture, to_tensor
 from .dataset import PictureStore
-from .manifest import read_lines
+from .manifest import format_line, read_lines
 from .views import VIEWS, fit_view_head, view_features
 
 # %% ../nbs/17_labelling.ipynb #0a32695f
@@ -37,9 +36,11 @@ def read_labels(
     "Read the labels that hold; a line that a crash cut short is left out."
     labels = {}
     for row in read_lines(labels_file(path))[0]:
-        labels.pop(row.get("file_name"), None)
-        if row.get("file_name") and row.get("view"):
-            labels[row["file_name"]] = row["view"]
+        name, view = row.get("file_name"), row.get("view")
+        if isinstance(name, str):
+            labels.pop(name, None)
+            if name and isinstance(view, str) and view:
+                labels[name] = view
     return labels
 
 
@@ -54,7 +55,7 @@ def write_label(
         with open(file, "a+b") as diary:
             if diary.tell() and not _ends_whole(diary):
                 diary.write(b"\n")
-            diary.write((json.dumps({"file_name": name, "view": view}, ensure_ascii=False) + "\n").encode())
+            diary.write(format_line({"file_name": name, "view": view}).encode())
             diary.flush()
             os.fsync(diary.fileno())
     except OSError as error:

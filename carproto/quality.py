@@ -21,9 +21,10 @@ def judge_quality(
     max_aspect: float | None = 2.6,  # longer side by shorter side
     min_sharpness: float | None = _MIN_SHARPNESS,  # variance of the Laplacian at 128 pixels
     exterior_rule: bool = False,  # whether the middle must be bright and full of contrast
+    size: tuple[int, int] | None = None,  # width and height before the picture was reduced; None means those that it has
 ) -> list[str]:  # reasons to reject it; empty when it is good
     "Say what is wrong with a picture."
-    width, height = picture.size
+    width, height = size or picture.size
     grey = picture.convert("L").resize((128, 128), Image.Resampling.BICUBIC, reducing_gap=3.0)
     values = np.asarray(grey, dtype=np.float32)
     laplacian = 4 * values[1:-1, 1:-1] - values[:-2, 1:-1] - values[2:, 1:-1] - values[1:-1, :-2] - values[1:-1, 2:]

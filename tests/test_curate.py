@@ -1,5 +1,6 @@
 """Curation when things go wrong: a full disk, a second curation at once, a kill in the middle, sets in zips."""
 
+import io
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from carproto.core import CarprotoError
-from carproto.curate import curate, undo_curation
+from carproto.curate import contact_sheet, curate, undo_curation
 from carproto.dataset import CarImages
 from carproto.toycars import ToyCars
 
@@ -128,3 +130,69 @@ def test_a_folder_in_which_nothing_opens_says_so(tmp_path):
     (tmp_path / "page.jpg").write_text("<html>")
     (tmp_path / "cut.png").write_bytes(b"\x89PNG")
     assert all("unreadable" in row["reasons"][0] for row in curate(tmp_path, quiet=True))
+
+
+def test_each_verdict_goes_to_the_nearest_manifest(cars):
+    inner = cars / "more"
+    inner.mkdir()
+    for i, name in enumerate(("c.png", "d.png")):
+        (inner / name).write_bytes((cars / "images" / f"toy_00000{i}.png").read_bytes())
+    (inner / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "c.png", "make": "Near", "keep": false, "reasons": ["old"]}\n')
+    with open(cars / "metadata.jsonl", "a") as manifest:
+        manifest.write('{"file_name": "more/c.png", "make": "Far", "view": "left", "keep": true}\n')
+    rows = {row["file_name"]: row for row in curate(cars, quiet=True)}
+    assert (rows["more/c.png"]["make"], rows["more/c.png"]["view"], rows["more/c.png"]["keep"]) == ("Near", "left", False)
+    near = {row["file_name"]: row for row in lines(inner)}
+    assert set(near) == {"c.png", "d.png"} and "view" not in near["c.png"] and near["c.png"]["copy_of"] == "images/toy_000000.png"
+    assert {row["file_name"]: row for row in lines(cars)}["more/c.png"] == {"file_name": "more/c.png", "make": "Far", "view": "left"}
+    assert len(CarImages(cars, 32, cache=False, progress=False)) == 40
+    assert curate(cars, quiet=True) == list(rows.values())
+    assert undo_curation(cars) == 43 and not any("keep" in row for row in lines(inner) + lines(cars))
+    (cars / "metadata.jsonl").unlink()
+    with pytest.raises(CarprotoError, match="the metadata.jsonl lies in .*more: curate that folder"):
+        curate(cars, quiet=True)
+
+
+def test_odd_names_titles_and_lines_do_not_stop_a_curation(cars):
+    content = (cars / "images" / "toy_000001.png").read_bytes()
+    if sys.platform == "linux":
+        Path(os.fsdecode(os.fsencode(cars) + b"/images/caf\xe9.png")).write_bytes(content)
+    manifest = cars / "metadata.jsonl"
+    rows = [{"file_name": "images/toy_000002.png", "title": "a\u2028b\x85c \ud83d"}, {"file_name": 5}, {"file_name": "../../x", "reasons": 3}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes() + text.encode("utf-8", "surrogatepass") + b'{"a":' * 99_999)
+    with pytest.warns(UserWarning, match="2 broken lines"):
+        verdicts = {row["file_name"]: row for row in curate(cars, quiet=True)}
+    assert verdicts["images/toy_000002.png"]["title"].startswith("a\u2028b\x85c ")
+    after = manifest.read_bytes()
+    assert len(after.decode("utf-8").splitlines()) == len(after.split(b"\n")) - 1 == len(verdicts) + 1
+    assert len(CarImages(cars, 32, cache=False, progress=False)) == 40
+    assert curate(cars, quiet=True) == list(verdicts.values())
+
+
+def test_formats_that_start_other_programs_are_unreadable(cars):
+    for name, mode, kind in (("page.jpg", "RGB", "EPS"), ("page.png", "F", "SPIDER")):
+        stream = io.BytesIO()  # a path would make Pillow write every later .png as SPIDER
+        Image.new("RGB", (200, 150), "navy").convert(mode).save(stream, kind)
+        (cars / "images" / name).write_bytes(stream.getvalue())
+    rows = {row["file_name"]: row for row in curate(cars, quiet=True)}
+    assert all("unreadable" in rows[f"images/{name}"]["reasons"][0] for name in ("page.jpg", "page.png"))
+
+
+def test_large_pictures_keep_their_true_size_and_the_largest_copy_stays(cars):
+    photo = Image.open(cars / "images" / "toy_000030.png")
+    photo.resize((3000, 2400)).save(cars / "images" / "large.jpg")
+    photo.resize((1900, 1520)).save(cars / "images" / "less.png")
+    photo.resize((60_000, 40)).save(cars / "images" / "banner.png")
+    rows = {row["file_name"]: row for row in curate(cars, quiet=True)}
+    assert rows["images/less.png"]["copy_of"] == "images/large.jpg" and rows["images/large.jpg"]["keep"]
+    assert rows["images/banner.png"]["reasons"][:2] == ["small (60000x40)", "aspect (60000x40)"]
+    assert contact_sheet(cars, list(rows.values())).width > 96
+
+
+def test_a_sheet_opens_only_files_of_the_folder(cars):
+    (cars.parent / "secret.png").write_bytes((cars / "images" / "toy_000001.png").read_bytes())
+    rows = [{"file_name": name, "reasons": ["blurred"]} for name in ("../secret.png", "/dev/zero", "images/toy_000001.png")]
+    sheet = contact_sheet(cars, rows)
+    grey = sum(pixel == (192, 192, 192) for pixel in sheet.convert("RGB").get_flattened_data())
+    assert 2 * 96 * 96 <= grey < 3 * 96 * 96
