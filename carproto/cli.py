@@ -159,7 +159,7 @@ def carproto_train(
 ):
     "Train an SN-GAN on photos of cars, or go on with a run; with several GPUs, put `accelerate launch` or `torchrun` in front."
     config = TrainConfig(size=size, width=width, z_dim=z_dim, steps=steps, batch=batch, d_steps=d_steps, lr_g=lr_g, lr_d=lr_d, beta2=beta2,
-                         augment="" if augment == "none" else augment, lecam_weight=lecam_weight, report_every=report_every,
+                         augment=None if augment == "none" else augment, lecam_weight=lecam_weight, report_every=report_every,
                          precision=precision, seed=seed)  # fmt: skip
     cars, unseen = _open_both(data, size, fit, heldout)
     judge = _judge(extractor, extractor_size, cars.images, unseen.images)

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .core import FITS, CarprotoError, atomic_path, cache_folder, check_size, fit_square, open_picture, to_tensor
+from .config import check_size
+from .core import FITS, CarprotoError, atomic_path, cache_folder, fit_square, open_picture, to_tensor
 from .core import progress as progress_bar
 from .duplicates import hash_pictures, near_duplicates, shrink_pictures
 from .toycars import COMMON, FUTURISTIC, ToyCars

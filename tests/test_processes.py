@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
 
-CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, augment="", lecam_start=0, precision="fp32")
+CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, augment=None, lecam_start=0, precision="fp32")
 CHILD = """
 import sys, torch
 from test_processes import CONFIG, gradients, make_trainer

@@ -182,7 +182,7 @@ def run_study(arguments: argparse.Namespace) -> Study:
     judge = Judge(heldout, concepts, extractor, arguments.n_fake, reader)
 
     def start(seed: int, depth: int, augment: bool, lecam: bool) -> Trainer:
-        changes = {**child, "seed": seed, "augment": POLICY if augment else "", "lecam_weight": LECAM_WEIGHT if lecam else 0.0}
+        changes = {**child, "seed": seed, "augment": POLICY if augment else None, "lecam_weight": LECAM_WEIGHT if lecam else 0.0}
         return start_cell(parent, child_config(ancestor, depth, changes), concepts)
 
     if not study.is_begun:
