@@ -54,8 +54,9 @@ def parse(
 def _shorten(box: str) -> str:
     "Reduce tyro's box around a mistake to one line."
     text = re.sub(r"\x1b\[[0-9;]*m", "", box)  # colours
-    rows = [line.strip("│| ") for line in text.splitlines() if line.startswith(("│", "|"))]  # ASCII where UTF-8 is not understood
-    wrong, *hints = [part.strip() for part in re.split("[─-]{5,}", " ".join(rows) or text)]
+    rows = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = [part.strip() for part in re.split("[─-]{5,}", " ".join(rows))]
+    wrong, *hints = sections if "╭" in text else sections[1:]  # where UTF-8 is not understood, the title is a section
     parts = [re.sub(r"^Error parsing (?!--)\S+: ", "", wrong)]
     parts += [hint for hint in hints if hint.startswith("Available subcommands")]
     parts += [f"perhaps you meant {option}" for option in re.findall(r"^Perhaps you meant: (--\S+)", " ".join(hints))]

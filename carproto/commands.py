@@ -7,7 +7,6 @@ __all__ = ['scrape', 'curate', 'open_both', 'train', 'finetune', 'compact', 'eva
 
 # %% ../nbs/58_commands.ipynb #76d76ed8
 import os
-import re
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,8 +16,7 @@ from urllib.parse import urlsplit
 import torch
 
 from .compact import compact_run
-from .config import TrainConfig
-from .core import CarprotoError, load_json, save_json
+from .core import load_json, save_json
 from .crawl import crawl, export_url_list, write_data_card
 from .curate import contact_sheet, count_reasons
 from .curate import curate as curate_photos

@@ -9,7 +9,6 @@ __all__ = ['Inverter', 'invert_folder', 'encode', 'read_intensities', 'read_car'
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 
 import torch
 

@@ -3,7 +3,7 @@
     python tools/study_freezed.py toys --parent runs/toys
     python tools/study_freezed.py photos --parent runs/photos --concepts CONCEPTS.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
 
-The parent is a run of `carproto_train`. A cell goes on from its newest checkpoint and takes the same steps as `finetune_freezed`, but keeps
+The parent is a run of `carproto train`. A cell goes on from its newest checkpoint and takes the same steps as `finetune_freezed`, but keeps
 neither reports nor checkpoints: what is measured is its averaged generator after the last step. The seed changes last, so that a study which
 is stopped is whole for the seeds that it has. data/records/freezed_NAME.jsonl gets a line per cell, freezed_NAME.json what all cells share.
 """
