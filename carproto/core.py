@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FITS', 'open_picture', 'fit_square', 'to_tensor', 'to_bytes', 'to_picture', 'pick_device', 'pick_precision', 'seeded',
            'draw_latents', 'atomic_path', 'save_json', 'load_json', 'cache_folder', 'describe_environment', 'RunFolder',
-           'progress']
+           'progress', 'escape_markdown']
 
 # %% ../nbs/00_core.ipynb #1aea03dc
 import dataclasses
@@ -13,9 +13,11 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,13 +35,20 @@ from .config import CarprotoError, Fit
 _MAX_PIXELS = 64_000_000  # a larger picture is refused before it is decoded
 
 
+def _as_file(source: str | Path | bytes | io.BytesIO) -> Path | io.BytesIO:
+    "Turn a path or a file's content into what Pillow opens."
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    return Path(source).expanduser() if isinstance(source, (str, Path)) else source
+
+
 def open_picture(
     source: str | Path | bytes | io.BytesIO,  # a file, or its content
 ) -> Image.Image:  # upright, 8-bit RGB; transparency is laid on white; the first frame of an animation
     "Decode a picture fully; raise `CarprotoError` for a broken, empty, tiny or enormous one."
     name = "the picture" if isinstance(source, (bytes, io.BytesIO)) else Path(source).name
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with Image.open(_as_file(source)) as picture:
             if picture.width * picture.height > _MAX_PIXELS:
                 raise CarprotoError(f"{name}: {picture.width}x{picture.height} pixels are too many, shrink it first")
             if min(picture.size) < 8:
@@ -173,7 +182,7 @@ def atomic_path(
     path: str | Path,  # where the file shall be
 ) -> Iterator[Path]:  # a temporary path beside it, to write to
     "Write to the yielded path; it replaces `path` only when the block ends without an error."
-    path = Path(path)
+    path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -208,7 +217,7 @@ def load_json(
 ) -> object:  # its content
     "Read JSON; raise `CarprotoError` when the file is missing or broken."
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CarprotoError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
@@ -255,7 +264,7 @@ class RunFolder:
     "The folder of one run: config.json, env.json, stats.jsonl, samples/, checkpoints/."
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
 
     @property
@@ -332,3 +341,18 @@ def progress(
 ) -> tqdm:  # the bar; use it as a context
     "Make a progress bar with rate and time left."
     return tqdm(total=total, desc=title, initial=initial, unit=unit, disable=quiet, dynamic_ncols=True, mininterval=0.5)
+
+# %% ../nbs/00_core.ipynb #ed02739b
+_SIGNS = re.compile(r"""[&<>"'\\`*_\[\]{}#|~$:@^=]|(?<=www)\.|^(?:[-+.!]|\d+[.)])""", re.I)
+
+
+def escape_markdown(
+    text: object,  # from anybody; what is no text is written as `str` does
+    max_length: int = 300,  # characters of it that are shown
+) -> str:  # one line that shows the text, and does nothing else, in Markdown and in HTML
+    "Write foreign text so that it is shown as it is."
+    letters = str(text)[: 4 * max_length]
+    visible = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in letters)
+    line = " ".join(visible.split())
+    line = line if len(line) <= max_length else line[:max_length] + "…"
+    return _SIGNS.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), line)

@@ -219,7 +219,8 @@ class CarImages:
             is_heldout = split_cars(content["clusters"], names, heldout_share, [row.get("split") for row in known])
             chosen &= is_heldout == (split == "heldout")
         chosen = np.flatnonzero(chosen)
-        self._report(len(set(rows) - set(store.names)), len(chosen), len(store.names))
+        n_cars = len(names) - sum(len(cluster) - 1 for cluster in content["clusters"])
+        self._report(len(set(rows) - set(store.names)), len(chosen), len(store.names), n_cars)
         self.images = torch.from_numpy(content["images"] if len(chosen) == len(names) else content["images"][chosen])
         self.metadata = [known[i] for i in chosen]
         self.digests = [content["digests"][i] for i in chosen]
@@ -239,7 +240,7 @@ class CarImages:
 
 # %% ../nbs/14_dataset.ipynb #2890f4de
 @patch
-def _report(self: CarImages, n_absent: int, n_chosen: int, n_files: int) -> None:
+def _report(self: CarImages, n_absent: int, n_chosen: int, n_files: int, n_cars: int) -> None:
     "Say in a line each what was left out; raise `CarprotoError` when nothing remains."
     if n_absent:
         _say(f"{n_absent} lines of metadata.jsonl in {self.path.name} name files that are not there")
@@ -250,7 +251,9 @@ def _report(self: CarImages, n_absent: int, n_chosen: int, n_files: int) -> None
     if not n_chosen and len(self.skipped) == n_files:
         raise CarprotoError(f"{self.path}: none of {n_files} pictures is usable, the first says: {self.skipped[0][1]}")
     if not n_chosen:
-        raise CarprotoError(f"{self.path}: the {self.split} side of {n_files} pictures is empty; change heldout_share or add pictures")
+        shown = f"{n_files} pictures show {n_cars} different cars, and copies stay on one side"
+        way = "add pictures, give a held-out set of its own, or change heldout_share"
+        raise CarprotoError(f"{self.path}: the {self.split} side is empty ({shown}): {way}")
 
 # %% ../nbs/14_dataset.ipynb #4659df12
 HELDOUT_START = 1_000_000  # toy cars from this number on are held out
