@@ -168,9 +168,13 @@ def _text(value: object) -> str:
     return f"{value:,}" if type(value) is int else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+_OF_NUMBERS = frozenset("0123456789.,+-±%– ")  # signs that mean nothing inside a cell
+
+
 def _markdown(value: object) -> str:
     "Write a table cell as Markdown in which a foreign name does nothing."
-    return _text(value) if value is None or isinstance(value, (int, float)) else escape_markdown(_text(value))
+    text = _text(value)
+    return text if set(text) <= _OF_NUMBERS else escape_markdown(text)
 
 
 @dataclass(frozen=True, repr=False)
