@@ -9,6 +9,7 @@ __all__ = ['COMMANDS', 'parse', 'run', 'main']
 import io
 import re
 import sys
+import warnings
 from contextlib import redirect_stderr
 
 import tyro
@@ -83,6 +84,11 @@ def run(
     work[type(options)](options)
 
 
+def _print_note(message: Warning | str, *_) -> None:
+    "Print a warning as one line, without the place in the code that gave it."
+    print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(
     argv: list[str] | None = None,  # sub-command and options; None takes those that this program was called with
 ) -> int:  # 0 when all went well, 2 after a mistake that a person can put right, 130 after Ctrl-C
@@ -90,7 +96,9 @@ def main(
     argv = sys.argv[1:] if argv is None else argv
     name = " ".join(["carproto", *(word for word in argv[:1] if word in COMMANDS)])
     try:
-        run(parse(argv))
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_note
+            run(parse(argv))
     except CarprotoError as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
