@@ -21,7 +21,7 @@ help:
 	@echo "PYTHON=python3.12 in front chooses the Python that .venv is made with"
 
 demo: .venv/.runtime
-	@$(IN_VENV) carproto_demo $(ARGS)
+	@$(IN_VENV) carproto demo $(ARGS)
 
 test: .venv/.dev
 	@export OMP_NUM_THREADS=1 $(IN_VENV); failed=; \

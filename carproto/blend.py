@@ -8,11 +8,13 @@ __all__ = ['MODES', 'check_intensities', 'blend_latents', 'mix_latents', 'blend_
 # %% ../nbs/40_blend.ipynb #d1b8c744
 import copy
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from .config import BlendMode
 from .core import CarprotoError
 from .sngan import Generator
 
@@ -31,7 +33,7 @@ def check_intensities(
     return values
 
 # %% ../nbs/40_blend.ipynb #8ffedeb6
-MODES = ("norm", "slerp", "lerp")
+MODES = get_args(BlendMode)
 
 
 def blend_latents(

@@ -14,7 +14,7 @@ import numpy as np
 
 from .carshape import WIDTH, CarFactors, loft, mix, proportions, ramp
 from .carview import Camera, fill_faces, interpolate, visible_faces
-from .core import check_size
+from .config import check_size
 
 # %% ../nbs/05_carpaint.ipynb #9ac24e20
 @dataclass

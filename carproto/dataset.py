@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .core import FITS, CarprotoError, atomic_path, cache_folder, check_size, decoded_picture, fit_square, read_file, to_tensor
+from .config import check_size
+from .core import FITS, CarprotoError, atomic_path, cache_folder, decoded_picture, fit_square, read_file, to_tensor
 from .core import progress as progress_bar
 from .duplicates import hash_pictures, near_duplicates, shrink_pictures
 from .manifest import list_reasons, parse_lines
@@ -353,7 +354,8 @@ class CarImages:
         chosen = np.flatnonzero(chosen)
         if store.left_out:
             _say(f"not taken from {self.path.name}: {store.describe_left_out()}; pictures are {_list_suffixes()} files")
-        self._report(len(set(rows) - set(store.names)), len(chosen), len(store.names))
+        n_cars = len(names) - sum(len(cluster) - 1 for cluster in content["clusters"])
+        self._report(len(set(rows) - set(store.names)), len(chosen), len(store.names), n_cars)
         self.images = torch.from_numpy(content["images"] if len(chosen) == len(names) else content["images"][chosen])
         self.metadata = [known[i] for i in chosen]
         self.digests = [content["digests"][i] for i in chosen]
@@ -373,7 +375,7 @@ class CarImages:
 
 # %% ../nbs/14_dataset.ipynb #2890f4de
 @patch
-def _report(self: CarImages, n_absent: int, n_chosen: int, n_files: int) -> None:
+def _report(self: CarImages, n_absent: int, n_chosen: int, n_files: int, n_cars: int) -> None:
     "Say in a line each what was left out; raise `CarprotoError` when nothing remains."
     if n_absent:
         _say(f"{n_absent} lines of metadata.jsonl in {self.path.name} name files that are not there")
@@ -384,7 +386,9 @@ def _report(self: CarImages, n_absent: int, n_chosen: int, n_files: int) -> None
     if not n_chosen and len(self.skipped) == n_files:
         raise CarprotoError(f"{self.path}: none of {n_files} pictures is usable, the first says: {self.skipped[0][1]}")
     if not n_chosen:
-        raise CarprotoError(f"{self.path}: the {self.split} side of {n_files} pictures is empty; change heldout_share or add pictures")
+        shown = f"{n_files} pictures show {n_cars} different cars, and copies stay on one side"
+        way = "add pictures, give a held-out set of its own, or change heldout_share"
+        raise CarprotoError(f"{self.path}: the {self.split} side is empty ({shown}): {way}")
 
 # %% ../nbs/14_dataset.ipynb #4659df12
 HELDOUT_START = 1_000_000  # toy cars from this number on are held out
@@ -452,7 +456,7 @@ def open_both(
     if heldout is not None and n_shared:
         raise CarprotoError(
             f"{n_shared} of {len(unseen)} held-out pictures in {heldout} are also in {data}: leave the held-out set out, "
-            f"which holds out a tenth of {data}, or take them out with carproto_curate {heldout} --against {data}"
+            f"which holds out a tenth of {data}, or take them out with carproto curate {heldout} --against {data}"
         )
     return train, unseen
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from .core import CarprotoError, atomic_path, check_size, load_json, pick_device, save_json
+from .config import check_size
+from .core import CarprotoError, atomic_path, load_json, pick_device, save_json
 from .sngan import find_weights, read_weights
 
 # %% ../nbs/22_encoder.ipynb #f1836d5e

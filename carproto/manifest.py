@@ -365,6 +365,11 @@ def write_data_card(
     return folder / "DATA_CARD.md"
 
 # %% ../nbs/08_manifest.ipynb #2565d43c
+def _quote_formula(value: str) -> str:
+    "Put an apostrophe before a cell that a spreadsheet would compute."
+    return f"'{value}" if str(value).startswith(("=", "+", "-", "@", "\t", "\r")) else value
+
+
 def export_url_list(
     source: str | Path | Iterable[Record],  # a crawled folder, or records
     path: str | Path,  # where to; .csv or .jsonl
@@ -387,7 +392,7 @@ def export_url_list(
         if path.suffix == ".csv":
             writer = csv.DictWriter(out, ["url", "caption", *more])
             writer.writeheader()
-            writer.writerows(table)
+            writer.writerows({name: _quote_formula(value) for name, value in row.items()} for row in table)
         else:
             out.writelines(map(format_line, table))
     return (

@@ -52,6 +52,8 @@ def _check_clouds(fake: torch.Tensor, real: torch.Tensor, least: int = 10) -> No
         raise CarprotoError(f"features {tuple(fake.shape)} and {tuple(real.shape)} are not of one extractor")
     if min(len(fake), len(real)) < least:
         raise CarprotoError(f"{len(fake)} against {len(real)} images say nothing: use at least {least} of each, better 500")
+    if not bool(torch.isfinite(fake).all() and torch.isfinite(real).all()):
+        raise CarprotoError("features are not finite: the generator, an image or the extractor's weights hold NaN or infinity")
 
 # %% ../nbs/32_metrics.ipynb #3427c8a4
 def frechet(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .core import CarprotoError
+from .config import TrainConfig, split_policy
 
 # %% ../nbs/31_regularize.ipynb #3817e4e8
 def jitter_color(
@@ -54,16 +54,11 @@ def cut_out(
 class DiffAugment:
     "Differentiable augmentation (Zhao et al. 2020, arXiv:2006.10738); the same object serves photos and drawings."
 
-    parts = ("color", "translation", "cutout")
-
     def __init__(
         self,
-        policy: str = "color,translation,cutout",  # any of the three, comma-separated; "" changes nothing
+        policy: str | None = TrainConfig.augment,  # any of `AUGMENTATIONS`, comma-separated; None changes nothing
     ):
-        self.policy = [name for name in policy.split(",") if name]
-        unknown = set(self.policy) - set(self.parts)
-        if unknown:
-            raise CarprotoError(f"augmentation {sorted(unknown)} is unknown: choose of {', '.join(self.parts)}")
+        self.policy = split_policy(policy)
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ __all__ = ['Figure', 'Table', 'Slider', 'Section', 'report_html', 'write_report'
 
 # %% ../nbs/45_report.ipynb #72c38232
 import base64
+import hashlib
 import json
 import math
 import warnings
@@ -126,12 +127,18 @@ def _table(table: Table) -> str:
     return f'<div class="scroll" role="region" aria-label="{name}" tabindex="0">{grid}</div>'
 
 # %% ../nbs/45_report.ipynb #3eadf161
+def _finite(values: Sequence[float | None]) -> list[float | None]:
+    "Put None for what is no finite number, which JSON cannot hold."
+    return [None if value is None or not math.isfinite(value) else float(value) for value in values]
+
+
 def _curve(name: str, values: Sequence[float | None], number: int) -> str:
     "Draw a measurement along the slider as inline SVG, 0 at the bottom and 1 at the top where it fits."
-    known = [value for value in values if value is not None and math.isfinite(value)]
+    values = _finite(values)
+    known = [value for value in values if value is not None]
     low, high = min([0.0, *known]), max([1.0, *known])
     spots = [
-        None if v is None or not math.isfinite(v) else (round(300 * i / (len(values) - 1), 1), round(90 - 80 * (v - low) / (high - low), 1))
+        None if v is None else (round(300 * i / (len(values) - 1), 1), round(90 - 80 * (v - low) / (high - low), 1))
         for i, v in enumerate(values)
     ]
     line = " ".join(f"{x},{y}" for x, y in filter(None, spots))
@@ -140,7 +147,7 @@ def _curve(name: str, values: Sequence[float | None], number: int) -> str:
         f'<div class="measure"><p><span>{escape(name)}</span> <b data-measure="{number}"></b></p>'
         f'<svg viewBox="0 0 312 100" role="img" aria-label="{escape(told)}"><path class="axis" d="M0 90.5H300M0 10.5H300"/>'
         f'<text x="305" y="14">{high:.3g}</text><text x="305" y="94">{low:.3g}</text>'
-        f'<polyline points="{line}"/><circle r="5" cx="0" cy="0" data-spots="{escape(json.dumps(spots))}"/></svg></div>'
+        f'<polyline points="{line}"/><circle r="5" cx="0" cy="0" data-spots="{escape(json.dumps(spots, allow_nan=False))}"/></svg></div>'
     )
 
 
@@ -155,10 +162,10 @@ def _slider(slider: Slider, number: int, quality: int, side: int) -> str:
     shown = {round(i * (n - 1) / min(n - 1, 8)) for i in range(min(n - 1, 8) + 1)}
     thumbs = "".join(f'<img src="{a}" alt="" data-frame="{i}"{"" if i in shown else " hidden"}>' for i, a in enumerate(addresses))
     curves = "".join(_curve(name, values, i) for i, (name, values) in enumerate(slider.measures.items()))
-    told = {"intensities": list(slider.intensities), "measures": {name: list(values) for name, values in slider.measures.items()}}
+    told = {"intensities": _finite(slider.intensities), "measures": {name: _finite(values) for name, values in slider.measures.items()}}
     first, last = (escape(end) for end in slider.ends)
     return (
-        f'<div class="slider" role="group" aria-labelledby="slider-{number}" data-slider="{escape(json.dumps(told))}">'
+        f'<div class="slider" role="group" aria-labelledby="slider-{number}" data-slider="{escape(json.dumps(told, allow_nan=False))}">'
         f'<div class="stage"><img src="{addresses[start]}" width="{size[0]}" height="{size[1]}" alt="{escape(slider.title)}"></div>'
         f'<div class="panel"><h3 id="slider-{number}">{escape(slider.title)}</h3>'
         f'<p class="readout"><b data-intensity></b><span>intensity</span></p><div class="measures">{curves}</div></div>'
@@ -296,6 +303,11 @@ def _section(section: Section, number: int, quality: int, side: int) -> str:
     return f'<section id="s{number}"><h2>{escape(section.heading)}</h2>{text}<div class="items">{"".join(items)}</div></section>'
 
 
+def _hash(text: str) -> str:
+    "Name a script or a style in a content security policy: only this text is run."
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 def report_html(
     title: str,  # of the page
     sections: Sequence[Section],  # from top to bottom
@@ -308,11 +320,14 @@ def report_html(
     body = "".join(_section(section, i, quality, side) for i, section in enumerate(sections))
     links = "".join(f'<a href="#s{i}">{escape(section.heading)}</a>' for i, section in enumerate(sections))
     contents = f'<nav aria-label="Contents">{links}</nav>' if len(sections) > 1 else ""
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    style = _STYLE + _SLIDER_STYLE
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(_SCRIPT)}; base-uri 'none'; form-action 'none'"
+    )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}{_SLIDER_STYLE}</style></head>\n<body><header><h1>{escape(title)}</h1>"
+        f"<style>{style}</style></head>\n<body><header><h1>{escape(title)}</h1>"
         f"{f'<p class=lead>{escape(lead)}</p>' if lead else ''}{contents}</header>\n<main>{body}</main>\n"
         f"<footer>Made with carproto. This page is complete: it needs no network.</footer>\n<script>{_SCRIPT}</script></body></html>\n"
     )

@@ -23,7 +23,7 @@ from IPython.display import Markdown, display
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .core import CarprotoError, RunFolder, atomic_path, load_json, open_picture
+from .core import CarprotoError, RunFolder, atomic_path, escape_markdown, load_json, open_picture
 from .viz import QUANTITIES, encode_picture, image_grid, plot_curves
 from .viz import compare_runs as draw_runs
 
@@ -168,6 +168,15 @@ def _text(value: object) -> str:
     return f"{value:,}" if type(value) is int else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+_OF_NUMBERS = frozenset("0123456789.,+-±%– ")  # signs that mean nothing inside a cell
+
+
+def _markdown(value: object) -> str:
+    "Write a table cell as Markdown in which a foreign name does nothing."
+    text = _text(value)
+    return text if set(text) <= _OF_NUMBERS else escape_markdown(text)
+
+
 @dataclass(frozen=True, repr=False)
 class RunTable:
     "Rows under a header; the first column names the row."
@@ -176,8 +185,9 @@ class RunTable:
     rows: Sequence[Sequence]  # texts and numbers; None is shown as a dash
 
     def _repr_markdown_(self) -> str:
-        lines = [self.header, ["---", *["---:"] * (len(self.header) - 1)], *self.rows]
-        return "\n".join("| " + " | ".join(_text(value).replace("|", "\\|") for value in line) + " |" for line in lines)
+        head, *body = ["| " + " | ".join(map(_markdown, line)) + " |" for line in (self.header, *self.rows)]
+        rule = "| " + " | ".join(["---", *["---:"] * (len(self.header) - 1)]) + " |"
+        return "\n".join([head, rule, *body])
 
     def _repr_html_(self) -> str:
         head, *body = [[escape(_text(value)) for value in line] for line in (self.header, *self.rows)]
@@ -218,7 +228,7 @@ class Comparison:
     notes: tuple[str, ...]  # why numbers may not be comparable; what is unusual about a record
 
     def _ipython_display_(self) -> None:
-        display(self.figure, self.table, *(Markdown(f"Note: {note}.") for note in self.notes))
+        display(self.figure, self.table, *(Markdown(f"Note: {escape_markdown(note)}.") for note in self.notes))
 
 
 def _table_of(records: Sequence[Record]) -> RunTable:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .blocks import DownBlock, UpBlock, add_spectral_norm, channels_at, init_orthogonal
-from .core import CarprotoError, atomic_path, cache_folder, check_size, load_json, pick_device, save_json, seeded
+from .config import check_size
+from .core import CarprotoError, atomic_path, cache_folder, load_json, pick_device, save_json, seeded
 
 # %% ../nbs/21_sngan.ipynb #68727c50
 class Generator(nn.Module):

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 
 from .carpaint import draw_car, studio_tone
 from .carshape import BODIES, COMMON, FUTURISTIC, VIEWS, CarFactors, proportions, sample_factors  # noqa: F401
-from .core import CarprotoError, check_size
+from .config import check_size
+from .core import CarprotoError
 
 # %% ../nbs/13_toycars.ipynb #3b75639c
 class ToyCars(torch.utils.data.Dataset):

@@ -52,7 +52,7 @@ def test_a_peer_that_is_not_installed_says_how(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, reason", [
-    (["--sizes", "48"], "size 48 cannot be drawn"),
+    (["--sizes", "48"], "size 48 is not possible"),
     (["--sizes", "64:"], "SIZE or SIZE:WIDTH"),
     (["--batch", "1"], "from 2 on"),
     (["--peers", "theirs"], "invalid choice: 'theirs'"),

@@ -49,11 +49,11 @@ assert carproto.__file__.startswith({content!r}), carproto.__file__
 assert not torch.cuda.is_available()
 """
 LOCAL_WEB = """
-from_the_web, before = carproto_scrape, dict(given)
+from_the_web, before = scrape, dict(given)
 
-def carproto_scrape(source, folder, **options):
-    places = {{"base_url": {url!r}, "delay": 0.0, "limit": 4, **({{"image_url": {url!r} + "/img/"}} if source == "car-connection" else {{}})}}
-    from_the_web(source, folder, **options | places)
+def scrape(options):
+    image_url = {url!r} + "/img/" if options.source == "car-connection" else None
+    from_the_web(replace(options, base_url={url!r}, image_url=image_url, delay=0.0, limit=4))
 """
 SCRAPED = """
 assert all(len(list(Path(given[name]).rglob("*.jpg"))) == 4 for name in ("cars", "concepts")), given
@@ -196,7 +196,7 @@ def test_your_cars(machine):
     setup, *cells = cells_of("02_your_cars.ipynb", machine)
     place = next(i for i, cell in enumerate(cells) if "def sort_photos" in cell)
     with LocalSite() as site:
-        scraping = [LOCAL_WEB.format(url=site.url), find_code("02_your_cars.ipynb", machine, "carproto_scrape(")[0], SCRAPED]
+        scraping = [LOCAL_WEB.format(url=site.url), find_code("02_your_cars.ipynb", machine, "scrape(Scrape(")[0], SCRAPED]
         again = ["shutil.rmtree(disk)", *cells, IS_COLAB.format(content=str(machine / "content"))]
         told = run_cells([AS_IN_COLAB, setup, *cells[:place], *scraping, *cells[place:], *again], machine)
     assert told.count("going on without Drive (mount failed)") == 2

@@ -712,32 +712,32 @@ BIN = Path(sys.executable).parent
 
 
 def scrape(*arguments: str) -> int:
-    """Run `carproto_scrape` within this process."""
-    return pytest.importorskip("carproto.cli").run_command("carproto_scrape", list(map(str, arguments)))
+    """Run `carproto scrape` within this process."""
+    return pytest.importorskip("carproto.cli").main(["scrape", *map(str, arguments)])
 
 
 def test_scrape_and_curate_as_console_commands(site, tmp_path):
     def run(*line: str) -> str:
-        done = subprocess.run([BIN / line[0], *line[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        done = subprocess.run([BIN / "carproto", *line], cwd=tmp_path, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr[-800:]
         return done.stdout
 
     site.agents.clear()
     places = ["--base_url", site.url, "--image_url", f"{site.url}/img/", "--delay", "0"]
-    line = ["carproto_scrape", "car-connection", "--folder", "cars", "--makes", "Audi,BMW", "--contact", "me@example.org", *places]
+    line = ["scrape", "car-connection", "--folder", "cars", "--makes", "Audi", "BMW", "--contact", "me@example.org", *places]
     printed = run(*line, "--url_list", "cars.csv")
-    assert "32 new pictures" in printed and "img2dataset --url_list cars.csv" in printed and "carproto_curate cars" in printed
+    assert "32 new pictures" in printed and "img2dataset --url_list cars.csv" in printed and "carproto curate cars" in printed
     assert "Audi | 24" in (tmp_path / "cars" / "DATA_CARD.md").read_text() and all("me@example.org" in agent for agent in site.agents)
     assert len((tmp_path / "cars.csv").read_text().splitlines()) == 1 + 32
     urls = {row["url"] for row in read_manifest(tmp_path / "cars")}
-    assert run("carproto_curate", "cars")
+    assert run("curate", "cars")
     rows = read_manifest(tmp_path / "cars")
     assert len(rows) == 32 and {row["url"] for row in rows} == urls and all(isinstance(row["keep"], bool) and row["sha256"] for row in rows)
     assert "| kept |" in write_data_card(tmp_path / "cars").read_text()
 
 
 def test_scrape_searches_and_lists(site, tmp_path, capsys):
-    search = ["search", "--base_url", site.url, "--delay", 0, "--query", "concept car, car of tomorrow"]
+    search = ["search", "--base_url", site.url, "--delay", 0, "--query", "concept car", "car of tomorrow"]
     assert scrape(*search, "--folder", tmp_path / "found", "--limit", 30) == 0
     rows = read_manifest(tmp_path / "found")
     assert len(rows) == 30 and {row["query"] for row in rows} == {"concept car", "car of tomorrow"}

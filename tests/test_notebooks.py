@@ -57,7 +57,7 @@ def test_notebook_has_the_house_shape(path):
 
 
 def test_notebook_imports_only_lower_numbers(path):
-    numbers = {find_module(nbformat.read(other, as_version=4)): other.name[:2] for other in PATHS if other.parent.name == "nbs"}
+    numbers = {find_module(nbformat.read(other, as_version=4)): other.name for other in PATHS if other.parent.name == "nbs"}
     notebook = nbformat.read(path, as_version=4)
     module = find_module(notebook)
     if module is None:

@@ -18,7 +18,7 @@ BIN = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
 
-CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, augment="", lecam_start=0, precision="fp32")
+CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, augment=None, lecam_start=0, precision="fp32")
 CHILD = """
 import sys, torch
 from test_processes import CONFIG, gradients, make_trainer
@@ -70,7 +70,7 @@ def test_two_processes_learn_what_one_with_the_whole_batch_learns(tmp_path):
 def train(folder: Path, run: str, *options: str) -> subprocess.CompletedProcess:
     """Run the training command as two processes."""
     tiny = "--size 16 --width 4 --batch 8 --report-every 4 --device cpu".split()
-    line = [*LAUNCHER, BIN / "carproto_train", "--data", folder / "cars", "--run", run, *tiny, *options]
+    line = [*LAUNCHER, BIN / "carproto", "train", "--data", folder / "cars", "--run", run, *tiny, *options]
     return subprocess.run(line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
 
 
@@ -86,7 +86,7 @@ def test_two_processes_write_one_run_and_resume_exactly(tmp_path):
     sessions = [json.loads(row) for row in (tmp_path / "parts" / "sessions.jsonl").read_text().splitlines()]
     assert [(row["step"], row["n_processes"]) for row in sessions] == [(0, 2), (4, 2)]
     alone = subprocess.run(
-        [BIN / "carproto_train", "--data", tmp_path / "cars", "--run", "parts", *"--size 16 --width 4 --batch 8 --steps 9".split()],
+        [BIN / "carproto", "train", "--data", tmp_path / "cars", "--run", "parts", *"--size 16 --width 4 --batch 8 --steps 9".split()],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert alone.returncode == 2 and "trained by 2 processes" in alone.stderr

@@ -2,9 +2,12 @@
 import re
 import runpy
 from pathlib import Path
+from shlex import split
 
 import nbformat
 import pytest
+
+from carproto.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,9 +37,10 @@ def test_commands_exist():
     targets = set(re.findall(r"\bmake (\w+)", shell))
     rules = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert {"demo", "test"} <= targets <= rules
-    commands = set(re.findall(r"\bcarproto_\w+", shell))
-    known = set(re.findall(r"\bcarproto_\w+(?==)", (ROOT / "settings.ini").read_text(encoding="utf-8")))
-    assert commands <= known
+    lines = re.findall(r"^carproto .+$", shell, re.MULTILINE)
+    assert len(lines) >= 6
+    for line in lines:
+        assert parse(split(line)[1:])
     assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE), "CI runs another test command"
 
 

@@ -150,7 +150,7 @@ def test_a_checkpoint_of_another_network_is_refused(short_run, tmp_path):
 @pytest.mark.slow
 def test_compiled_networks_learn_the_same(tmp_path):
     images = ToyCars(40, 16, seed=0).images
-    config = TrainConfig(**{**asdict(CONFIG), "steps": 3, "precision": "fp32", "augment": ""})
+    config = TrainConfig(**{**asdict(CONFIG), "steps": 3, "precision": "fp32", "augment": None})
     runs = [train_gan(images, tmp_path / str(c), config, device="cpu", quiet=True, compile=c).run for c in (False, True)]
     plain, compiled = (run.stats()[-1] for run in runs)
     assert all(abs(plain[name] - compiled[name]) < 1e-3 for name in ("loss_d", "loss_g", "logit_real", "logit_fake"))

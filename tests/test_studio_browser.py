@@ -5,6 +5,7 @@ Screenshots go to artifacts/screenshots.
 """
 import io
 import json
+import math
 import os
 import statistics
 import sys
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 from carproto.core import to_picture
+from carproto.report import Section, Slider, write_report
 from carproto.toycars import ToyCars
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -427,3 +429,21 @@ def test_page_from_disk(browser, work):  # noqa: F811
         page.screenshot(path=SHOTS / f"page_{width}_{scheme}.png", full_page=True)
         assert asked == [path.as_uri()] and not complaints
         page.close()
+
+
+def test_an_unmeasured_slider_stops_no_other(browser, tmp_path):  # noqa: F811
+    """NaN is no JSON: it ended the page's script before the sliders below; the policy lets only the page's own script run."""
+    cars = ToyCars(3, 32, progress=False).images
+    sliders = [Slider(cars, [0, 0.5, 1], {"futurism": values}, title=title) for title, values in
+               (("First", [0.1, math.nan, math.inf]), ("Second", [0.1, 0.2, 0.3]))]  # fmt: skip
+    path = write_report(tmp_path / "page.html", "Page", [Section("Sliders", items=sliders)])
+    path.write_text(path.read_text().replace("</main>", "<script>document.title = 'injected'</script></main>"))
+    page, errors = browser.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(path.as_uri())
+    for number, shown in enumerate(("not measured", "0.30")):
+        page.locator("input[type=range]").nth(number).focus()
+        page.keyboard.press("End")
+        assert page.locator("[data-measure]").nth(number).text_content() == shown
+    assert page.title() == "Page" and not errors
+    page.close()

@@ -228,7 +228,7 @@ def make_plain(work: Work) -> Peer:
 
 def make_ours(work: Work, *, precision: str = "auto", full: bool = False, **options) -> Peer:
     """Build the trainer; `full` adds DiffAugment and LeCam, which no other peer has; options are the trainer's."""
-    regularisation = {"lecam_start": 0} if full else {"augment": "", "lecam_weight": 0.0}
+    regularisation = {"lecam_start": 0} if full else {"augment": None, "lecam_weight": 0.0}
     config = TrainConfig(
         size=work.size, width=work.width, z_dim=Z_DIM, batch=work.batch, d_steps=D_STEPS, precision=precision, **regularisation
     )

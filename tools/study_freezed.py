@@ -3,7 +3,7 @@
     python tools/study_freezed.py toys --parent runs/toys
     python tools/study_freezed.py photos --parent runs/photos --concepts CONCEPTS.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
 
-The parent is a run of `carproto_train`. A cell goes on from its newest checkpoint and takes the same steps as `finetune_freezed`, but keeps
+The parent is a run of `carproto train`. A cell goes on from its newest checkpoint and takes the same steps as `finetune_freezed`, but keeps
 neither reports nor checkpoints: what is measured is its averaged generator after the last step. The seed changes last, so that a study which
 is stopped is whole for the seeds that it has. data/records/freezed_NAME.jsonl gets a line per cell, freezed_NAME.json what all cells share.
 """
@@ -182,7 +182,7 @@ def run_study(arguments: argparse.Namespace) -> Study:
     judge = Judge(heldout, concepts, extractor, arguments.n_fake, reader)
 
     def start(seed: int, depth: int, augment: bool, lecam: bool) -> Trainer:
-        changes = {**child, "seed": seed, "augment": POLICY if augment else "", "lecam_weight": LECAM_WEIGHT if lecam else 0.0}
+        changes = {**child, "seed": seed, "augment": POLICY if augment else None, "lecam_weight": LECAM_WEIGHT if lecam else 0.0}
         return start_cell(parent, child_config(ancestor, depth, changes), concepts)
 
     if not study.is_begun:

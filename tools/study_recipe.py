@@ -39,7 +39,7 @@ RECIPES = {
     "2022": OLD | {"flips": True, "by_batch": True},
     "carproto": OURS,
     "one D step": OURS | {"d_steps": 1},
-    "without DiffAugment": OURS | {"augment": ""},
+    "without DiffAugment": OURS | {"augment": None},
     "without LeCam": OURS | {"lecam_weight": 0.0},
     "with flips": OURS | {"flips": True},
 }

@@ -5,7 +5,7 @@
     python tools/train_pair.py real128 ... --size 128 --width 64 --batch 128 --d_steps 2 --beta2 0.99 --steps 30000 40000 5000 6000    # a GPU
 
 In order: train on common cars, shorten the code to the directions that show and let it settle, fine-tune on concept cars, shorten both codes
-alike, train the encoder, measure, release. Each stage is the console command of its name, its run lies in runs/NAME, and goes on where it was
+alike, train the encoder, measure, release. Each stage is the sub-command of its name, its run lies in runs/NAME, and goes on where it was
 stopped. The release, data/NAME, gets half-precision weights and the records; no network is needed.
 """
 import argparse
@@ -15,8 +15,10 @@ from pathlib import Path
 
 import release
 
-from carproto import cli
-from carproto.core import CarprotoError, RunFolder, load_json
+from carproto import commands, latent_commands
+from carproto.config import CarprotoError, EncoderConfig, FinetuneConfig, TrainConfig
+from carproto.core import RunFolder, load_json
+from carproto.options import Compact, Encode, Evaluate, Finetune, Train
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -29,7 +31,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", required=True, help="who measures: a MobileNetV2 file, inception, or toys")
     parser.add_argument("--steps", type=int, nargs=4, default=(4000, 5500, 1000, 1200), metavar=("FIRST", "COMMON", "CONCEPT", "ENCODER"),
                         help="until the common cars' code is shortened, in all, of the child, of the encoder")  # fmt: skip
-    parser.add_argument("--max_minutes", type=float, default=0, help="stop cleanly after so long; 0 never")
+    parser.add_argument("--max_minutes", type=float, default=None, help="stop cleanly after so long; without it never")
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--width", type=int, default=16, help="channels at full size; 64 is the published network")
     parser.add_argument("--batch", type=int, default=32)
@@ -50,16 +52,16 @@ class Stages:
 
     def __init__(self, arguments: argparse.Namespace):
         self.told, self.folder, self.start = arguments, arguments.runs / arguments.name, time.monotonic()
-        self.judged = {"extractor": arguments.backbone, "extractor_size": 96 if arguments.backbone.endswith(".safetensors") else 0}
+        self.judged = {"extractor": arguments.backbone, "extractor_size": 96 if arguments.backbone.endswith(".safetensors") else None}
 
     def path(self, stage: str) -> str:
         """Say where a stage's run lies."""
         return str(self.folder / stage)
 
-    def minutes_left(self) -> float:
-        """Say for how long the next stage may run; 0 means for ever."""
-        if not self.told.max_minutes:
-            return 0.0
+    def minutes_left(self) -> float | None:
+        """Say for how long the next stage may run; None means for ever."""
+        if self.told.max_minutes is None:
+            return None
         left = self.told.max_minutes - (time.monotonic() - self.start) / 60
         if left <= 0:
             raise CarprotoError(f"{self.told.max_minutes:g} minutes are over; the same command goes on")
@@ -74,36 +76,44 @@ class Stages:
     def train(self, stage: str, z_dim: int, steps: int) -> None:
         """Train on common cars."""
         told = self.told
-        cli.carproto_train(data=told.data, heldout=told.heldout, run=self.path(stage), size=told.size, width=told.width, z_dim=z_dim, steps=steps,
-                           batch=told.batch, d_steps=told.d_steps, beta2=told.beta2, augment=told.augment, report_every=told.report_every,
-                           seed=told.seed, allow_changes=True, max_minutes=self.minutes_left(), **self.judged)  # fmt: skip
+        config = TrainConfig(
+            size=told.size, width=told.width, z_dim=z_dim, steps=steps, batch=told.batch, d_steps=told.d_steps, beta2=told.beta2,
+            augment=told.augment, report_every=told.report_every, seed=told.seed,
+        )  # fmt: skip
+        run = {"run": self.path(stage), "allow_changes": True, "max_minutes": self.minutes_left()}
+        commands.train(Train(told.data, heldout=told.heldout, config=config, **run, **self.judged))
         self.check_done(stage, "final", steps)
 
     def finetune(self, stage: str, source: str, steps: int) -> None:
         """Fine-tune on concept cars."""
         told = self.told
-        cli.carproto_finetune(source=self.path(source), run=self.path(stage), data=told.concepts, heldout=told.concepts_heldout, steps=steps,
-                              n_frozen=told.n_frozen, report_every=max(told.report_every // 2, 1), seed=told.seed,
-                              max_minutes=self.minutes_left(), **self.judged)  # fmt: skip
+        config = FinetuneConfig(
+            n_frozen=told.n_frozen, steps=steps, report_every=max(told.report_every // 2, 1), seed=told.seed
+        )
+        run = {"run": self.path(stage), "max_minutes": self.minutes_left()}
+        commands.finetune(
+            Finetune(self.path(source), told.concepts, heldout=told.concepts_heldout, config=config, **run, **self.judged)
+        )
         self.check_done(stage, "final", steps)
 
-    def shorten(self, stage: str, source: str, z_dim: int, like: str = "") -> None:
+    def shorten(self, stage: str, source: str, z_dim: int, like: str | None = None) -> None:
         """Shorten a run's code, unless that was done."""
         if not RunFolder(self.folder / stage).exists:
-            cli.carproto_compact(source=self.path(source), run=self.path(stage), z_dim=z_dim, like=self.path(like) if like else "")
+            commands.compact(Compact(self.path(source), self.path(stage), z_dim, like and self.path(like)))
 
     def encode(self, stage: str, common: str, futuristic: str, steps: int) -> None:
         """Train the encoder of the pair."""
         told = self.told
-        cli.carproto_encode(common=self.path(common), futuristic=self.path(futuristic), run=self.path(stage), data=told.data, heldout=told.heldout,
-                            concepts=told.concepts, heldout_concepts=told.concepts_heldout, width=32, steps=steps, seed=told.seed,
-                            max_minutes=self.minutes_left())  # fmt: skip
+        photos = {"data": told.data, "heldout": told.heldout, "concepts": told.concepts, "heldout_concepts": told.concepts_heldout}
+        config = EncoderConfig(width=32, steps=steps, seed=told.seed)
+        run = {"run": self.path(stage), "max_minutes": self.minutes_left()}
+        latent_commands.encode(Encode(self.path(common), self.path(futuristic), config=config, **photos, **run))
         self.check_done(stage, "encoder", steps)
 
     def measure(self, stage: str, heldout: str, train: str) -> None:
         """Measure a generator on a thousand drawn cars, unless that was done."""
         if not (self.folder / stage / "evaluation.json").exists():
-            cli.carproto_evaluate(run=self.path(stage), data=heldout, train=train, n_fake=1000, **self.judged)
+            commands.evaluate(Evaluate(self.path(stage), heldout, train=train, n_fake=1000, **self.judged))
 
     def run(self) -> None:
         """Go through all stages."""
