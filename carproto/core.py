@@ -18,7 +18,6 @@ import os
 import platform
 import secrets
 import shutil
-import stat
 import subprocess
 import sys
 import tempfile

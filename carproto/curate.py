@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import CarprotoError, atomic_path, fit_square, open_picture, progress, to_tensor
+from .core import CarprotoError, atomic_path, fit_square, lock_folder, open_picture, progress, to_tensor
 from .dataset import PictureStore
 from .duplicates import hash_pictures, near_duplicates, shrink_pictures
 from .labelling import read_labels
-from .manifest import lock_folder, read_lines
+from .manifest import read_lines
 from .quality import judge_quality
 from .views import KEPT_VIEWS, VIEWS
 from .viz import image_grid

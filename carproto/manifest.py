@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import CarprotoError, atomic_path, lock_folder, open_append, refuse_link, remove_leftovers
+from .core import CarprotoError, atomic_path, open_append, refuse_link, remove_leftovers
 from .guard import FetchError, clean_url, read_picture
 
 # %% ../nbs/08_manifest.ipynb #474112ad
