@@ -242,7 +242,7 @@ def load_state_dict(
         for name in self.parts:
             getattr(self, name).load_state_dict(state[name])
         noise = state["noise"].cpu()
-    except (RuntimeError, KeyError, ValueError) as error:
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CarprotoError(f"the checkpoint is of another architecture or version: {str(error).splitlines()[0][:120]}") from error
     if len(noise) != self.processes.n:
         raise CarprotoError(f"the run was trained by {len(noise)} processes, not {self.processes.n}: go on with as many")
