@@ -345,7 +345,7 @@ def lock_folder(
         Path(folder).mkdir(parents=True, exist_ok=True)
         handle = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "r+")
     except OSError as error:
-        raise CarprotoError(f"cannot write into {folder}: {error.strerror}") from error
+        raise CarprotoError(f"cannot write into {folder}: {error.strerror}; choose a folder that you may write to") from error
     with handle:
         try:
             _lock(handle)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks import DownBlock, UpBlock, add_spectral_norm, channels_at, init_orthogonal
-from .core import FITS, CarprotoError, check_size, pick_device, seeded
+from .core import FITS, check_size, pick_device, seeded
 from .weights import check_shapes, find_weights, load_config, read_weights, save_weights, whole, word
 
 # %% ../nbs/21_sngan.ipynb #68727c50
