@@ -15,7 +15,7 @@ import torch
 from .checkpoint import load_checkpoint, save_checkpoint
 from .core import FITS, CarprotoError, RunFolder, draw_latents, folder_aside, load_json, save_json
 from .sngan import Generator, measure_statistics, save_generator
-from .trainer import TrainConfig
+from .trainer import TrainConfig, read_config
 
 # %% ../nbs/36_compact.ipynb #0a550512
 @torch.no_grad()
@@ -73,7 +73,7 @@ def compact_run(
         raise CarprotoError(f"{source_run} holds no trained run: train one first, or give the folder that holds its config.json")
     if run.exists:
         raise CarprotoError(f"{run_dir} holds a run already: choose another name")
-    config = TrainConfig(**source.config())
+    config = read_config(source)
     ema = Generator(config.size, config.z_dim, config.width)
     ema.load_state_dict(state["ema"])
     shares, directions = visible_directions(measure_statistics(ema))

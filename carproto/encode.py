@@ -294,7 +294,8 @@ def train_encoder(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise CarprotoError(f"the memory is full with batch {config.batch} and width {config.width}: lower the batch, and take another name") from error
+        told = f"the memory is full with batch {config.batch} and width {config.width}"
+        raise CarprotoError(f"{told}: lower the batch, and take another name") from error
     if trainer.step < config.steps:
         print(f"stopped after step {trainer.step} of {config.steps}; the same call goes on from here ({run.path})")
     return EncoderResult(E, trainer.step == config.steps, interrupted, run, grades)
