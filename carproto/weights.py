@@ -230,6 +230,30 @@ def download_published(
 
 # %% ../nbs/02_weights.ipynb #78edb501
 RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
+    "real64/common": {
+        "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",
+        "model.safetensors": "52b1d865bbf49434e9068490a857417ce1e7379acd0fef4bf58ac89c6b845e47",
+    },
+    "real64/common/discriminator": {
+        "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
+        "model.safetensors": "75760714c0038302226007991f163c2a6b15733a8176283f1e8c046fa9271677",
+    },
+    "real64/encoder": {
+        "config.json": "41df0ca1a35466f43a64e5f0747719ce3fe786257354f9904bfbffe21f7c031f",
+        "model.safetensors": "04527d8181964446d9a83dbd7bb12b8fa1a226bd5a21ee2cac92a94bc69a2213",
+    },
+    "real64/futuristic": {
+        "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",
+        "model.safetensors": "c609c9a4806f0059fc53debbe4c91c9a3b3ce9fc498a0d4a966ef44a07e14110",
+    },
+    "real64/futuristic/discriminator": {
+        "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
+        "model.safetensors": "faf58318affbcb13facce6c73510e7cfd9e55f54bcdfbc587780e73ab00b1abd",
+    },
+    "real64/probe": {
+        "config.json": "c8d6b254af7b55f0a7e84001b499ed1f6d4db35c5d75ac167f002eea701acdc6",
+        "model.safetensors": "c972724f77bb0234dc57cd1b42d465b44fe62c56b5e445a00b50e79cdc927757",
+    },
     "toy32/common": {
         "config.json": "6cba53dd034a95a7798771a73b11fee38636453d408b7f3c74398409f18e7c90",
         "model.safetensors": "5f4ec040972d26ce37f943647f57475531180700a959a8594371f865f94f3ba1",
@@ -238,49 +262,29 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "1719b8c6537b66cc0bad11bbf34eee636712d5b64c6c23c184f8d26c77012f4a",
         "model.safetensors": "39c79b8036c633259edb67c919e1a651223ecaf46a4f55e9239332da04482a7c",
     },
-    "toy64/common/discriminator": {
-        "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
-        "model.safetensors": "cca52a47b2da26b672fd79c5bb24b252fdd3565599ec2e0935ef1eba71062913",
-    },
     "toy64/common": {
         "config.json": "27fbb2604f05376a28e5402a1f366ce1df84a8ee6ad4bb7b1f88c22c3ec2b021",
         "model.safetensors": "4c8ad82c9b8c371717adcf08a9ec815ede13c63ad5c76654e890c9c944071968",
+    },
+    "toy64/common/discriminator": {
+        "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
+        "model.safetensors": "cca52a47b2da26b672fd79c5bb24b252fdd3565599ec2e0935ef1eba71062913",
     },
     "toy64/encoder": {
         "config.json": "aabb1a912ac663b3c73192d6922e1dc732eaec5c748cf4ca85e9e44549fd6dbf",
         "model.safetensors": "c89f1071456eda068a21339c7146553a54602bd093ce31f31577f8a77f197a98",
     },
-    "toy64/futuristic/discriminator": {
-        "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
-        "model.safetensors": "fdb5672c74d5cbee38c45ff9e9f77ec9405666e1fa2cb610f8afb28d6ac1c0ee",
-    },
     "toy64/futuristic": {
         "config.json": "9339ce1531e694d9d83bda351ca1c87661dbd6af6d36ffad147c30a7ccb78990",
         "model.safetensors": "4fb552a93370fc52dad899142b8cced024043cbfe50b49ced0862e7d34e6038c",
     },
-    "real64/common/discriminator": {
+    "toy64/futuristic/discriminator": {
         "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
-        "model.safetensors": "75760714c0038302226007991f163c2a6b15733a8176283f1e8c046fa9271677",
+        "model.safetensors": "fdb5672c74d5cbee38c45ff9e9f77ec9405666e1fa2cb610f8afb28d6ac1c0ee",
     },
-    "real64/common": {
-        "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",
-        "model.safetensors": "52b1d865bbf49434e9068490a857417ce1e7379acd0fef4bf58ac89c6b845e47",
-    },
-    "real64/encoder": {
-        "config.json": "41df0ca1a35466f43a64e5f0747719ce3fe786257354f9904bfbffe21f7c031f",
-        "model.safetensors": "04527d8181964446d9a83dbd7bb12b8fa1a226bd5a21ee2cac92a94bc69a2213",
-    },
-    "real64/futuristic/discriminator": {
-        "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
-        "model.safetensors": "faf58318affbcb13facce6c73510e7cfd9e55f54bcdfbc587780e73ab00b1abd",
-    },
-    "real64/futuristic": {
-        "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",
-        "model.safetensors": "c609c9a4806f0059fc53debbe4c91c9a3b3ce9fc498a0d4a966ef44a07e14110",
-    },
-    "real64/probe": {
-        "config.json": "c8d6b254af7b55f0a7e84001b499ed1f6d4db35c5d75ac167f002eea701acdc6",
-        "model.safetensors": "c972724f77bb0234dc57cd1b42d465b44fe62c56b5e445a00b50e79cdc927757",
+    "toy_reader": {
+        "config.json": "92dcde5bf78ec318583545f3d3bc2b7d4ee2ba7cafd57e106663ff3f591b1b8d",
+        "model.safetensors": "07103cf781b8bcb15ea5099783703df7f6bb437b3bdfdabe6f4df8c210bb1af2",
     },
 }
 
