@@ -7,17 +7,15 @@ __all__ = ['load_layers', 'ViewBackbone']
 
 # %% ../nbs/15_backbone.ipynb #a926da8d
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
 from .core import CarprotoError, pick_device, pick_precision
+from .weights import download_published, load_state
 
 # %% ../nbs/15_backbone.ipynb #205f2696
 def load_layers(
@@ -29,17 +27,12 @@ def load_layers(
     style = style or ("tensorflow" if path else "torchvision")
     if style not in ("torchvision", "tensorflow"):
         raise CarprotoError(f"style {style!r} is unknown: choose torchvision or tensorflow")
+    net = mobilenet_v2(weights=None)
+    state = load_state(path) if path else download_published(MobileNet_V2_Weights.IMAGENET1K_V1.url)
     try:
-        net = mobilenet_v2(weights=None if path else MobileNet_V2_Weights.IMAGENET1K_V1)
-        if path:
-            state = {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
-            net.load_state_dict(state)
-    except FileNotFoundError:
-        raise CarprotoError(f"{path} does not exist: name a file of MobileNetV2 weights") from None
-    except (SafetensorError, RuntimeError) as error:
+        net.load_state_dict(state)
+    except RuntimeError as error:
         raise CarprotoError(f"{path} does not hold MobileNetV2's weights ({str(error).splitlines()[0][:80]})") from error
-    except (URLError, OSError) as error:
-        raise CarprotoError(f"the weights cannot be downloaded ({error}): go online once, or name a file") from error
     layers = net.features.eval().requires_grad_(False)
     for block in [module for module in layers.modules() if isinstance(module, nn.Sequential)]:
         for i, layer in enumerate(block):

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .core import CarprotoError, RunFolder, draw_latents, load_json, save_json
+from .core import FITS, CarprotoError, RunFolder, draw_latents, folder_aside, load_json, save_json
 from .sngan import Generator, measure_statistics, save_generator
-from .trainer import TrainConfig
+from .trainer import TrainConfig, read_config
 
 # %% ../nbs/36_compact.ipynb #0a550512
 @torch.no_grad()
@@ -56,6 +56,7 @@ def compact_generator(
     short, state = Generator(G.size, z_dim, G.width), dict(G.state_dict())
     state["linear.weight"] = state["linear.weight"] @ directions[:, :z_dim].to(state["linear.weight"].device)
     short.load_state_dict(state)
+    short.fit = G.fit
     return measure_statistics(short).requires_grad_(False).to(next(G.parameters()).device)
 
 # %% ../nbs/36_compact.ipynb #658be6e8
@@ -68,11 +69,11 @@ def compact_run(
 ) -> RunFolder:  # a run that can go on, be fine-tuned, and be read by an encoder
     "Make a run whose generator has a shorter code; raise `CarprotoError` when there is none to begin with."
     source, run, state = RunFolder(source_run), RunFolder(run_dir), load_checkpoint(Path(source_run) / "checkpoints")
-    if state is None:
+    if state is None or not isinstance(state.get("ema"), dict):
         raise CarprotoError(f"{source_run} holds no trained run: train one first, or give the folder that holds its config.json")
     if run.exists:
         raise CarprotoError(f"{run_dir} holds a run already: choose another name")
-    config = TrainConfig(**source.config())
+    config = read_config(source)
     ema = Generator(config.size, config.z_dim, config.width)
     ema.load_state_dict(state["ema"])
     shares, directions = visible_directions(measure_statistics(ema))
@@ -85,15 +86,22 @@ def compact_run(
     told = load_json(source.path / "data.json")
     note = {"step": state["step"], "from": config.z_dim, "to": z_dim, **({"like": Path(like).name} if like is not None else {})}
     note["share"] = None if like is not None else shares[:z_dim].sum().item()
-    save_json({**told, "compacted": [*told.get("compacted", []), note]}, run.path / "data.json")
-    run.create(TrainConfig(**{**source.config(), "z_dim": z_dim}))
+    short.fit = told.get("fit") if told.get("fit") in FITS else "squash"
+    with folder_aside(run.path) as aside:
+        _write_run(source, RunFolder(aside), {**told, "compacted": [*told.get("compacted", []), note]}, directions[:, :z_dim], state)
+        save_generator(short, aside / "final", about={"run": run.path.name, "steps": note["step"]})
+    return run
+
+
+def _write_run(source: RunFolder, run: RunFolder, told: dict, kept: torch.Tensor, state: dict) -> None:
+    "Write a run's configuration, record and checkpoint with the directions kept."
+    save_json(told, run.path / "data.json")
+    run.create(TrainConfig(**{**source.config(), "z_dim": kept.shape[1]}))
     for name in ("stats.jsonl", "sessions.jsonl"):  # the record goes on
         if (source.path / name).exists():
             shutil.copyfile(source.path / name, run.path / name)
-    save_json(directions[:, :z_dim].tolist(), run.path / "directions.json")
-    save_checkpoint(run.checkpoints, state.pop("step"), _turned(state, directions[:, :z_dim]))
-    save_generator(short, run.path / "final", about={"run": run.path.name, "steps": note["step"]})
-    return run
+    save_json(kept.tolist(), run.path / "directions.json")
+    save_checkpoint(run.checkpoints, state.pop("step"), _turned(state, kept))
 
 
 def _turned(state: dict, kept: torch.Tensor) -> dict:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .core import CarprotoError, progress
+from .core import CarprotoError, lock_folder, progress
 from .fetch import Fetcher
 from .guard import FetchError, clean_url, read_picture, recorded
-from .manifest import Manifest, Record, export_url_list, lock_folder, read_manifest, write_data_card  # noqa: F401
+from .manifest import Manifest, Record, export_url_list, read_manifest, write_data_card  # noqa: F401
+
 
 # %% ../nbs/10_crawl.ipynb #3ad93b69
 _all_ = ["Record", "read_manifest", "write_data_card", "export_url_list"]

@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .core import CarprotoError, atomic_path, decoded_picture, fit_square, progress, read_file, to_tensor
+from .core import CarprotoError, atomic_path, decoded_picture, fit_square, lock_folder, progress, read_file, to_tensor
 from .dataset import PictureStore, find_picture, list_folder, list_manifests, spell_names
 from .duplicates import hash_pictures, near_duplicates, shrink_pictures
 from .labelling import read_labels
-from .manifest import format_line, list_reasons, lock_folder, read_lines, write_lines
+from .manifest import format_line, list_reasons, read_lines, write_lines
 from .quality import judge_quality
 from .views import KEPT_VIEWS, VIEWS
 from .viz import image_grid

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .blend import blend_frames
 from .compact import compact_run
 from .config import DemoPlan, EncoderConfig, InvertConfig, TrainConfig
-from .core import CarprotoError, RunFolder, draw_latents, progress, save_json, seeded, to_bytes, to_tensor
+from .core import CarprotoError, RunFolder, draw_latents, lock_folder, progress, save_json, seeded, to_bytes, to_tensor
 from .dial import rank_correlation
 from .encode import grade_encoder, train_encoder
 from .freezed import finetune_freezed
@@ -301,6 +301,12 @@ def run_demo(
 ) -> dict:  # the numbers, also in numbers.json
     "Walk the whole path on toy cars and write report.html, numbers.json and pictures/."
     folder, plan = Path(folder), plan or DemoPlan()
+    with lock_folder(folder, work="demo"):
+        return _run_all(folder, plan, quiet)
+
+
+def _run_all(folder: Path, plan: DemoPlan, quiet: bool) -> dict:
+    "Walk the path in a folder that is this process's own."
     run = RunFolder(folder)
     if not run.exists:
         run.create(plan)

@@ -6,6 +6,8 @@
 __all__ = ['r2', 'grade_encoder', 'learning_rate', 'EncoderTrainer', 'EncoderResult', 'train_encoder']
 
 # %% ../nbs/38_encode.ipynb #c19863ea
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,9 +16,22 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, name_last_good, save_checkpoint
 from .config import EncoderConfig
-from .core import CarprotoError, RunFolder, draw_latents, pick_device, pick_precision, progress, seeded, to_tensor
+from carproto.core import (
+    CarprotoError,
+    RunFolder,
+    draw_latents,
+    is_out_of_memory,
+    lock_folder,
+    pick_device,
+    pick_precision,
+    progress,
+    remove_leftovers,
+    save_json,
+    seeded,
+    to_tensor,
+)
 from .encoder import LatentEncoder, load_imagenet, save_encoder
 from .feed import Feed
 from .losses import PerceptualDistance
@@ -197,6 +212,8 @@ def load_state_dict(
     state: dict,  # from `state_dict`, and the count of steps as "step"
 ) -> None:
     "Take up a state again; raise `CarprotoError` when it belongs to another generator, other photos or other choices."
+    if not {"E", "optimizer", "noise", "feeds", "generator", "config"} <= state.keys():
+        raise CarprotoError("the checkpoint is not of an encoder's training: choose another name for the run")
     if state["generator"] != self.E.generator:
         raise CarprotoError("this run's encoder was trained for another generator: choose another name for the new one")
     changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v and k != "report_every"]
@@ -240,22 +257,47 @@ def train_encoder(
     "Train an encoder on an endless stream of drawn cars, or go on with it; grades go to stats.jsonl."
     generators = [generators] if isinstance(generators, Generator) else list(generators)
     config, run = config or EncoderConfig(), RunFolder(run_dir)
-    trainer = EncoderTrainer(generators, config, pick_device(device), photos=photos, perceptual=perceptual)
-    if not run.exists:
-        run.create(config)
-    state = load_checkpoint(run.checkpoints, trainer.device)
-    clock = Clock(max_minutes, state["seconds"] if state else 0.0)
-    if state:
-        trainer.load_state_dict(state)
-    run.cut_stats(trainer.step)
-    interrupted = _run(trainer, run, clock, heldout, title, quiet)
-    save_checkpoint(run.checkpoints, trainer.step, {"seconds": clock.seconds, **trainer.state_dict()})
+    try:
+        with lock_folder(run.path, work="training"):
+            trainer = EncoderTrainer(generators, config, pick_device(device), photos=photos, perceptual=perceptual)
+            clock = _open(trainer, run, max_minutes)
+            interrupted = _run(trainer, run, clock, heldout, title, quiet)
+            _save(trainer, run, clock)
+            E = trainer.E.eval().requires_grad_(False)
+            grades = grade_encoder(E, trainer.generators, heldout=heldout, perceptual=perceptual)
+            save_encoder(E, run.path / "encoder", about={"steps": trainer.step, "seconds": round(clock.seconds, 1), **grades})
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        told = f"the memory is full with batch {config.batch} and width {config.width}"
+        raise CarprotoError(f"{told}: lower the batch, and take another name") from error
     if trainer.step < config.steps:
         print(f"stopped after step {trainer.step} of {config.steps}; the same call goes on from here ({run.path})")
-    E = trainer.E.eval().requires_grad_(False)
-    grades = grade_encoder(E, trainer.generators, heldout=heldout, perceptual=perceptual)
-    save_encoder(E, run.path / "encoder", about={"steps": trainer.step, "seconds": round(clock.seconds, 1), **grades})
     return EncoderResult(E, trainer.step == config.steps, interrupted, run, grades)
+
+
+def _open(trainer: EncoderTrainer, run: RunFolder, max_minutes: float | None) -> Clock:
+    "Start a run's folder, or take up the state of the run in it; raise `CarprotoError` when its encoder would be replaced by one from chance."
+    remove_leftovers(run.checkpoints, run.path / "encoder")
+    state = load_checkpoint(run.checkpoints, trainer.device)
+    if state:
+        trainer.load_state_dict(state)
+    elif not run.exists:
+        run.create(trainer.config)
+    elif (run.path / "encoder" / "config.json").exists() or not set(run.config()) == set(asdict(trainer.config)):
+        raise CarprotoError(f"{run.path} holds another run, or an encoder and no checkpoint to go on from: take another name")
+    else:
+        print(f"{run.path} holds no checkpoint yet: the run begins at step 0", file=sys.stderr)
+        save_json(trainer.config, run.path / "config.json")
+    run.cut_stats(trainer.step)
+    return Clock(max_minutes, state["seconds"] if state else 0.0)
+
+
+def _save(trainer: EncoderTrainer, run: RunFolder, clock: Clock) -> None:
+    "Write a checkpoint, and take note of the time; raise `CarprotoError` when the state is not finite."
+    start = clock.session
+    save_checkpoint(run.checkpoints, trainer.step, {"seconds": clock.seconds, **trainer.state_dict()})
+    clock.saved(clock.session - start)
 
 # %% ../nbs/38_encode.ipynb #a20fb00e
 def _run(trainer: EncoderTrainer, run: RunFolder, clock: Clock, heldout: Sequence, title: str | None, quiet: bool) -> bool:
@@ -268,15 +310,13 @@ def _run(trainer: EncoderTrainer, run: RunFolder, clock: Clock, heldout: Sequenc
             bar.update()
             if trainer.step % config.report_every == 0 or trainer.step == config.steps:
                 row = {k: torch.stack([r[k] for r in recent if k in r]).mean().item() for k in recent[-1]}
+                if not all(math.isfinite(value) for value in row.values()):
+                    raise CarprotoError(f"the loss is not a number at step {trainer.step}: lower lr, or use fp32; {name_last_good(run.checkpoints)}")
                 trainer.E.eval()
                 some = [None if pictures is None else pictures[:256] for pictures in heldout]
                 grades, recent = grade_encoder(trainer.E, trainer.generators, heldout=some, n=256), []
                 run.log(step=trainer.step, seconds=round(clock.seconds, 2), **row, **grades)
-                if not torch.isfinite(torch.tensor(row["loss_code"])):
-                    raise CarprotoError(f"the loss is not a number at step {trainer.step}: lower lr, or use fp32")
                 bar.set_postfix(r2=f"{grades['r2']:.3f}", image_r2=f"{grades['image_r2']:.3f}")
             if clock.wants_save(is_report=False):
-                start = clock.session
-                save_checkpoint(run.checkpoints, trainer.step, {"seconds": clock.seconds, **trainer.state_dict()})
-                clock.saved(clock.session - start)
+                _save(trainer, run, clock)
     return stop.is_set()

@@ -16,7 +16,7 @@ from .checkpoint import load_checkpoint
 from .core import CarprotoError, RunFolder
 from .sngan import Generator
 from .train import Result, train_gan
-from .trainer import TrainConfig
+from .trainer import TrainConfig, read_config
 
 # %% ../nbs/35_freezed.ipynb #1b85f0ca
 def child_config(
@@ -53,7 +53,7 @@ def finetune_freezed(
     parent = load_checkpoint(Path(source_run) / "checkpoints")
     if parent is None:
         raise CarprotoError(f"{source_run} holds no trained run: train one first, or give the folder that holds its config.json")
-    config = child_config(TrainConfig(**RunFolder(source_run).config()), n_frozen, {"steps": steps, **changes})
+    config = child_config(read_config(RunFolder(source_run)), n_frozen, {"steps": steps, **changes})
     origin = {"parent": str(source_run), "parent_step": parent["step"], **(about or {})}
     return train_gan(
         images, run_dir, config, evaluate=evaluate, heldout=heldout, parent=parent, about=origin,

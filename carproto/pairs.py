@@ -15,12 +15,13 @@ from fastcore.basics import patch
 
 from .core import CarprotoError, cache_folder, draw_latents, load_json, to_bytes
 from .dial import embed, reader_maps
-from .encoder import LatentEncoder, load_encoder
+from .encoder import LatentEncoder, load_encoder, load_encoder_config
 from .losses import PerceptualDistance, discriminator_maps
 from .readers import futurism_scale
-from .sngan import IN_REPOSITORY, find_weights, load_generator
+from .sngan import load_generator
 from .toyreader import toy_reader
 from .train import load_discriminator
+from .weights import IN_REPOSITORY, find_weights
 
 # %% ../nbs/48_pairs.ipynb #32671bd6
 @dataclass
@@ -53,6 +54,11 @@ class CarPair:
             G.to(memory_format=torch.channels_last)  # the order in which a CPU convolves fastest; the images are the same
         self.fingerprints = [G.fingerprint() if hasattr(G, "fingerprint") else "" for G in (self.common, self.futuristic)]
         self.reference = None
+
+    @property
+    def fit(self) -> str:
+        "How a picture becomes square before it is read: as the photos did that the generators learned from, see `FITS`."
+        return getattr(self.common, "fit", "squash")
 
 # %% ../nbs/48_pairs.ipynb #cf8fce9f
 @patch
@@ -113,7 +119,7 @@ def load_pair(
     pair, notes = CarPair(common, futuristic, z), []
     try:
         pair.encoder = load_encoder(f"{name}/encoder", fingerprint=pair.fingerprints[0], device="cpu")
-        pair.usual = load_json(find_weights(f"{name}/encoder") / "config.json").get("photo_rms_99", pair.usual)
+        pair.usual = load_encoder_config(f"{name}/encoder").get("photo_rms_99") or pair.usual
     except CarprotoError as error:
         notes.append(f"Pictures cannot be read: {error}.")
     is_toy = pair.has_outlines = Path(name).name.startswith("toy")

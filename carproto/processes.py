@@ -23,7 +23,7 @@ class Processes:
         device: torch.device,  # of a process that is alone; of several, each takes the device with its own number
     ):
         self.device, self.accelerator, self.n, self.index = device, None, 1, 0
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if _count_processes() > 1:
             self.accelerator = _join(device)
             self.n, self.index = self.accelerator.num_processes, self.accelerator.process_index
             self.device = self.accelerator.device if device.type != "cpu" else device
@@ -80,6 +80,30 @@ class Processes:
         return batch // self.n
 
 # %% ../nbs/23_processes.ipynb #9329053e
+_ADDRESS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_ADVICE = "put `torchrun --nproc_per_node N` in front of the command, or start it alone"
+
+
+def _count_processes() -> int:
+    "Read how many processes a launcher started; raise `CarprotoError` when they could not meet."
+    told = {name: os.environ.get(name, "") for name in (*_ADDRESS, *_MPI_SIZES)}
+    if not told["WORLD_SIZE"]:
+        if any(told[name] not in ("", "1") for name in _MPI_SIZES):
+            raise CarprotoError(f"MPI started several processes, which carproto cannot join: {_ADVICE}")
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and told["MASTER_ADDR"]:  # which it sets for more than one only
+            raise CarprotoError(f"accelerate launch was asked for several processes and started one, as it does on CPUs: {_ADVICE}")
+        return 1
+    if told["WORLD_SIZE"] == "1":
+        return 1
+    missing = [name for name in _ADDRESS if not (told[name] if name == "MASTER_ADDR" else told[name].isdecimal())]
+    if missing:
+        raise CarprotoError(f"WORLD_SIZE is {told['WORLD_SIZE']!r} and {', '.join(missing)} no launcher's: {_ADVICE}")
+    if not int(told["RANK"]) < int(told["WORLD_SIZE"]):
+        raise CarprotoError(f"RANK {told['RANK']} is not below WORLD_SIZE {told['WORLD_SIZE']}: {_ADVICE}")
+    return int(told["WORLD_SIZE"])
+
+
 def _join(device: torch.device) -> object:
     "Meet the other processes."
     try:

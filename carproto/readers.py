@@ -7,19 +7,20 @@ __all__ = ['PRECISIONS', 'Extractor', 'extract_features', 'load_mobilenet', 'fea
            'inception_extractor', 'feature_extractor', 'FuturismProbe', 'fit_futurism_probe', 'futurism_scale']
 
 # %% ../nbs/29_readers.ipynb #95390bd5
+import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import mobilenet_v2
 
-from .core import CarprotoError, atomic_path, load_json, pick_device, progress, save_json, seeded, to_bytes
-from .sngan import read_weights
+from .core import CarprotoError, pick_device, progress, seeded, to_bytes
 from .toyreader import ToyReader, shrink, toy_reader
+from .weights import download_published, load_config, load_state, many, number, read_weights, save_weights
 
 # %% ../nbs/29_readers.ipynb #41708615
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -121,17 +122,34 @@ def backbone_extractor(
     return Extractor(f"{path.stem}@{size}", 1280, compute, size=size, device=device, precision=precision or feature_precision(device))
 
 # %% ../nbs/29_readers.ipynb #923fe209
+_INCEPTION_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+_INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+def _build_inception(state: dict[str, torch.Tensor]) -> nn.Module:
+    "Make torch-fidelity's InceptionV3 of a state dict that has been read already."
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Inception(FeatureExtractorInceptionV3):
+        def load_state_dict(self, _: dict) -> None:
+            "Take the state at hand, whatever the constructor has read."
+            super().load_state_dict(state)
+
+    with tempfile.TemporaryDirectory() as folder:  # torch-fidelity unpickles a file in its constructor: give it an empty one
+        torch.save({}, Path(folder) / "empty.pth")
+        return Inception("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(Path(folder) / "empty.pth"))
+
+
 def inception_extractor(
     device: torch.device | str | None = None,  # None takes the best at hand
 ) -> Extractor:  # 2048 features
     "Make an extractor of torch-fidelity's InceptionV3; downloads its weights once, and raises `CarprotoError` when it cannot."
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
     device = pick_device(device and str(device))
     try:
-        net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], verbose=False).to(device)
-    except OSError as error:
-        raise CarprotoError(f"Inception's weights cannot be downloaded ({str(error)[:60]}): go online once, or name another extractor") from error
+        state = download_published(_INCEPTION_URL, _INCEPTION_SHA256)
+    except CarprotoError as error:
+        raise CarprotoError(f"Inception's weights cannot be had: {error}, or name another extractor") from error
+    net = _build_inception(state).to(device)
     return Extractor(net.get_name(), 2048, lambda x: net(to_bytes(x).to(device))[0], device=device)
 
 
@@ -179,19 +197,29 @@ class FuturismProbe:
 
     def save(self, folder: str | Path) -> Path:
         "Write the probe as safetensors and config.json."
-        with atomic_path(Path(folder) / "model.safetensors") as temporary:
-            save_file({"weight": self.weight, "bias": self.bias.reshape(1)}, temporary)
-        save_json({"kind": "futurism probe", "format": 1, "report": self.report}, Path(folder) / "config.json")
-        return Path(folder)
+        return save_weights({"weight": self.weight, "bias": self.bias.reshape(1)}, folder, {"kind": "futurism probe", "report": self.report})
 
     @classmethod
     def load(cls, folder: str | Path) -> "FuturismProbe":
-        "Read a probe back."
-        config = load_json(Path(folder) / "config.json")
-        if config.get("kind") != "futurism probe" or config.get("format") != 1:
-            raise CarprotoError(f"{folder} does not hold a futurism probe of format 1")
-        state = load_file(Path(folder) / "model.safetensors")
-        return cls(state["weight"], state["bias"][0], config["report"])
+        "Read a probe back; raise `CarprotoError` for a missing, damaged or foreign folder."
+        config = load_config(folder, "futurism probe", {"report": _is_report})
+        state = load_state(Path(folder) / "model.safetensors")
+        weight, bias = state.get("weight"), state.get("bias")
+        if weight is None or bias is None or weight.ndim != 1 or bias.shape != (1,):
+            raise CarprotoError(f"{folder} does not hold a line through features: copy the folder again")
+        return cls(weight, bias[0], config["report"])
+
+
+def _is_report(value: object) -> bool:
+    "Say whether a probe's report names an extractor, with a possible size, and ends that are numbers."
+    if not isinstance(value, dict) or not isinstance(value.get("extractor"), str):
+        return False
+    ends = value.get("heldout_logit", {"common": [0.0], "concept": [1.0]})
+    logits = [ends.get(kind) for kind in ("common", "concept")] if isinstance(ends, dict) else [None]
+    if not all(many(number(-1e6, 1e6))(logit) for logit in logits) or logits[0][0] == logits[1][0]:
+        return False
+    named = re.fullmatch(r"[^@]{1,100}(?:@(\d{1,4}))?", value["extractor"])
+    return named is not None and (named[1] is None or 32 <= int(named[1]) <= 1024 and int(named[1]) % 32 == 0)
 
 # %% ../nbs/29_readers.ipynb #12e8852f
 def fit_futurism_probe(

@@ -586,7 +586,7 @@ def add_picture(
     if self._is_reading:
         raise CarprotoError("one picture is being read: wait until it is done")
     try:
-        picture = fit_square(open_picture(source), pair.common.size)
+        picture = fit_square(open_picture(source), pair.common.size, pair.fit)
     except CarprotoError as error:
         reason = str(error).split(": ", 1)[-1].split(" (")[0]
         if "exceeds limit" in str(error):  # Pillow refuses what would fill the memory

@@ -7,18 +7,16 @@ __all__ = ['ReaderNet', 'ToyReader', 'shrink', 'roughen', 'train_toy_reader', 'g
            'toy_reader']
 
 # %% ../nbs/28_toyreader.ipynb #a1190268
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from .core import CarprotoError, atomic_path, load_json, pick_precision, progress, save_json, seeded, to_tensor
-from .sngan import read_weights
+from .core import CarprotoError, cache_folder, pick_precision, progress, seeded, to_tensor
 from .toycars import VIEWS, ToyCars
+from .weights import check_shapes, load_config, many, number, read_weights, save_weights, whole, word
 
 # %% ../nbs/28_toyreader.ipynb #29b70e16
 _READER_SIZE = 32  # pixels; larger pictures are shrunk before they are read
@@ -228,13 +226,9 @@ def save_toy_reader(
     folder: str | Path,  # made if missing
 ) -> Path:  # the folder
     "Write a reader as safetensors (half precision) and config.json."
-    state = {k: v.detach().cpu().half().contiguous() for k, v in reader.net.state_dict().items() if not k.endswith("num_batches_tracked")}
-    with atomic_path(Path(folder) / "model.safetensors") as temporary:
-        save_file(state, temporary)
-    config = {"kind": "toy reader", "format": 1, "target_names": reader.target_names, "width": reader.width, "n_hidden": reader.n_hidden}
+    config = {"kind": "toy reader", "target_names": list(reader.target_names), "width": reader.width, "n_hidden": reader.n_hidden}
     scale = {"mean": reader.mean.tolist(), "std": reader.std.tolist(), "report": reader.report}
-    save_json(config | scale, Path(folder) / "config.json")
-    return Path(folder)
+    return save_weights(reader.net, folder, config | scale, half=True)
 
 
 def load_toy_reader(
@@ -242,12 +236,16 @@ def load_toy_reader(
     device: torch.device | str = "cpu",  # where it runs
 ) -> ToyReader:  # ready to read
     "Read a reader back; raise `CarprotoError` for a missing, damaged or foreign folder."
-    config = load_json(Path(folder) / "config.json")
-    if config.get("kind") != "toy reader" or config.get("format") != 1:
-        raise CarprotoError(f"{folder} does not hold a toy reader of format 1")
+    fields = {"target_names": many(word(), high=100), "width": whole(1, 256), "n_hidden": whole(1, 4096)}
+    fields |= {name: many(number(-1e6, 1e6), high=100) for name in ("mean", "std")} | {"report": lambda value: isinstance(value, dict)}
+    config, path = load_config(folder, "toy reader", fields), Path(folder) / "model.safetensors"
+    names, width, n_hidden = config["target_names"], config["width"], config["n_hidden"]
+    if not len(names) == len(config["mean"]) == len(config["std"]):
+        raise CarprotoError(f"{folder}/config.json: there must be a mean and a std for each of {len(names)} targets: copy the folder again")
+    check_shapes(path, {"blocks.0.0.weight": (width, 3, 3, 3), "hidden.1.weight": (n_hidden, 64 * width), "head.weight": (len(names), n_hidden)})
     mean, std = torch.tensor(config["mean"]), torch.tensor(config["std"])
-    reader = ToyReader(config["target_names"], mean, std, width=config["width"], n_hidden=config["n_hidden"], report=config["report"])
-    read_weights(reader.net, Path(folder) / "model.safetensors")
+    reader = ToyReader(names, mean, std, width=width, n_hidden=n_hidden, report=config["report"])
+    read_weights(reader.net, path)
     reader.net.eval().requires_grad_(False)
     return reader.to(device)
 
@@ -264,8 +262,7 @@ def toy_reader(
     quiet: bool = False,  # no bars
 ) -> ToyReader:  # the reader
     "Return the shared reader of toy cars; train it once where there is none."
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "carproto" / "toy_reader"
-    places = [_RELEASED, cache] if folder is None else [Path(folder)]
+    places = [_RELEASED, cache_folder() / "toy_reader"] if folder is None else [Path(folder)]
     for place in places:
         if (place / "config.json").exists():
             return load_toy_reader(place, device)

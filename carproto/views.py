@@ -16,12 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from .backbone import ViewBackbone
 from .carpaint import draw_car
 from .carshape import sample_factors
-from .core import CarprotoError, atomic_path, load_json, progress, save_json, seeded
+from .core import CarprotoError, progress, seeded
+from .weights import load_config, load_state, save_weights, whole, word
 
 # %% ../nbs/16_views.ipynb #b177b8c4
 VIEWS = ("left", "front-left", "front", "front-right", "right", "rear-left", "rear", "rear-right")
@@ -248,11 +248,9 @@ def save_view_classifier(
     "Write a head as safetensors (half precision) and config.json; the backbone's weights stay where they are."
     if not isinstance(classifier.extractor, ViewBackbone):
         raise CarprotoError("only a classifier on a ViewBackbone can be saved: another extractor could not be found again")
-    with atomic_path(Path(folder) / "model.safetensors") as temporary:
-        save_file({"mean": classifier.head.mean.half(), "weights": classifier.head.weights.half()}, temporary)
     backbone = {"size": classifier.extractor.size, "style": classifier.extractor.style}
-    save_json({"kind": "view classifier", "format": 2, "views": VIEWS, "backbone": backbone, "report": report or {}}, Path(folder) / "config.json")
-    return Path(folder)
+    config = {"kind": "view classifier", "views": VIEWS, "backbone": backbone, "report": report or {}}
+    return save_weights({"mean": classifier.head.mean, "weights": classifier.head.weights}, folder, config, half=True, version=2)
 
 
 def load_view_classifier(
@@ -260,8 +258,13 @@ def load_view_classifier(
     path: str | Path | None = None,  # the backbone's weights; None downloads torchvision's
 ) -> ViewClassifier:  # call it on images
     "Read a classifier back; raise `CarprotoError` when the folder holds none."
-    config = load_json(Path(folder) / "config.json")
-    if config.get("kind") != "view classifier" or config.get("format") != 2:
-        raise CarprotoError(f"{folder} does not hold a view classifier of format 2: an older one is fitted again from its labels")
-    state = load_file(Path(folder) / "model.safetensors")
-    return ViewClassifier(ViewBackbone(path, **config["backbone"]), ViewHead(state["mean"].float(), state["weights"].float()))
+    fields = {"views": lambda value: value == list(VIEWS), "backbone": lambda value: isinstance(value, dict)}
+    config = load_config(folder, "view classifier", fields, version=2, hint=": an older one is fitted again from its labels")
+    size, style = (config["backbone"].get(name) for name in ("size", "style"))
+    if not whole(96, 1024)(size) or not word("torchvision", "tensorflow")(style):
+        raise CarprotoError(f"{folder}/config.json: no backbone sees {str(size)[:20]!r} pixels in style {str(style)[:20]!r}: copy the folder again")
+    state = load_state(Path(folder) / "model.safetensors")
+    mean, weights = state.get("mean"), state.get("weights")
+    if mean is None or weights is None or mean.ndim != 1 or weights.shape != (len(mean) + 1, len(VIEWS)):
+        raise CarprotoError(f"{folder} does not hold a layer for {len(VIEWS)} views: copy the folder again")
+    return ViewClassifier(ViewBackbone(path, size, style=style), ViewHead(mean, weights))

@@ -92,3 +92,15 @@ def test_two_processes_write_one_run_and_resume_exactly(tmp_path):
     assert alone.returncode == 2 and "trained by 2 processes" in alone.stderr
     uneven = train(tmp_path, "uneven", "--steps", "4", "--batch", "7")
     assert uneven.returncode != 0 and "multiple of 2" in uneven.stderr
+
+
+@pytest.mark.parametrize("launcher", [{"WORLD_SIZE": "2"}, ["accelerate", "launch", "--cpu", "--num_processes", "2", "--no_python"]])
+def test_a_launch_that_does_not_join_ends_in_one_line(tmp_path, launcher):
+    ToyCars(40, 16, seed=2).save(tmp_path / "cars")
+    front = [BIN / launcher[0], *launcher[1:]] if isinstance(launcher, list) else []
+    line = [*front, BIN / "carproto_train", "--data", tmp_path / "cars", "--run", "run", *"--size 16 --width 4 --batch 8 --steps 2".split()]
+    environment = ENVIRONMENT | (launcher if isinstance(launcher, dict) else {})
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    said = [row for row in done.stderr.splitlines() if row.startswith("carproto_train: ")]
+    assert done.returncode != 0 and len(said) == 1 and "torchrun --nproc_per_node" in said[0], done.stderr[-2000:]
+    assert not (tmp_path / "run").exists()

@@ -3,10 +3,12 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,33 +16,93 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from carproto.checkpoint import list_checkpoints
-from carproto.core import CarprotoError
+from carproto.checkpoint import list_checkpoints, load_checkpoint
+from carproto.compact import compact_run
+from carproto.core import CarprotoError, RunFolder, load_json, lock_folder
+from carproto.demo import DemoPlan
+from carproto.encode import EncoderConfig, EncoderTrainer, train_encoder
+from carproto.freezed import finetune_freezed
+from carproto.sngan import Generator, measure_statistics
 from carproto.toycars import ToyCars
-from carproto.train import train_gan
-from carproto.trainer import TrainConfig
+from carproto.train import best_generator, train_gan
+from carproto.trainer import TrainConfig, Trainer
 
 CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, steps=400, lecam_start=50, report_every=10)
 
-# A single-threaded parent imports once and forks a trainer for each run folder that it reads.
+# A single-threaded parent imports once and forks a worker for each line that it reads: what to do, and the folder of it.
 # It reaps the child only at the next line, so that a child that is killed is still there, if only as a zombie.
 PARENT = """
 import json, os, sys
+from pathlib import Path
 import torch
+from carproto.compact import compact_run
+from carproto.demo import DemoPlan, run_demo
 from carproto.toycars import ToyCars
 from carproto.train import train_gan
 from carproto.trainer import TrainConfig
 torch.set_num_threads(1)
 config, images = TrainConfig(**json.loads(sys.argv[1])), ToyCars(40, 16, seed=0).images
+plan = DemoPlan(**json.loads(sys.argv[2]))
+work = {
+    "train": lambda folder: train_gan(images, folder, config, device="cpu", quiet=True),
+    "compact": lambda folder: compact_run(Path(folder).parent / "source", folder, 5),
+    "demo": lambda folder: run_demo(folder, plan, quiet=True),
+}
 for line in sys.stdin:
+    kind, _, folder = line.strip().partition(" ")
     child = os.fork()
     if not child:
-        train_gan(images, line.strip(), config, device="cpu", quiet=True)
+        try:
+            work[kind](folder)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr, flush=True)
+            os._exit(1)
         os._exit(0)
     print(child, flush=True)
     sys.stdin.readline()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+PLAN = DemoPlan(size=16, width=4, z_dim=8, z_kept=4, n_common=64, n_futuristic=40, n_heldout=32, gan_steps=20, finetune_steps=10,
+                encoder_steps=10, invert_steps=2, n_pairs=2)  # fmt: skip
+
+
+class Workers:
+    """Starts sessions in processes of their own, and kills them."""
+
+    def __init__(self):
+        self.parent = subprocess.Popen(
+            [sys.executable, "-c", PARENT, json.dumps(asdict(CONFIG)), json.dumps(asdict(PLAN))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    def say(self, line: str) -> int:
+        """Send a line and read the number that comes back."""
+        self.parent.stdin.write(f"{line}\n")
+        self.parent.stdin.flush()
+        return int(self.parent.stdout.readline())
+
+    def run(self, kind: str, folder: Path, wait: Callable[[], None] | None = None) -> int:
+        """Exit status of one session, killed when `wait` returns."""
+        child = self.say(f"{kind} {folder}")
+        if wait is not None:
+            wait()
+            os.kill(child, signal.SIGKILL)
+        return self.say("")
+
+    def close(self) -> None:
+        """End the parent."""
+        self.parent.stdin.close()
+        self.parent.wait(10)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    """One parent for all tests."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    found = Workers()
+    yield found
+    found.close()
 
 
 def last_step(run: Path) -> int:
@@ -49,33 +111,20 @@ def last_step(run: Path) -> int:
     return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_twenty_kills_change_nothing(tmp_path):
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, json.dumps(asdict(CONFIG))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+def test_twenty_kills_change_nothing(tmp_path, workers):
     dice = random.Random(time.time_ns())
 
-    def run(folder: Path, kill_at: int | None) -> int:
-        """Exit status of one session, killed at a random moment after the run has reached a step."""
-        parent.stdin.write(f"{folder}\n")
-        parent.stdin.flush()
-        child, patience = int(parent.stdout.readline()), time.monotonic() + 60
-        if kill_at is not None:
-            while last_step(folder) < kill_at and time.monotonic() < patience:
-                time.sleep(0.005)
-            time.sleep(dice.uniform(0, 0.1))
-            os.kill(child, signal.SIGKILL)
-        parent.stdin.write("\n")
-        parent.stdin.flush()
-        return int(parent.stdout.readline())
+    def wait(step: int) -> None:
+        """Wait for a random moment after the run has reached a step."""
+        patience = time.monotonic() + 60
+        while last_step(tmp_path / "killed") < step and time.monotonic() < patience:
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.1))
 
     for kill in range(20):
-        assert run(tmp_path / "killed", 15 * kill + dice.randint(0, 20)) == -signal.SIGKILL
-    assert run(tmp_path / "killed", None) == 0 and run(tmp_path / "whole", None) == 0
-    parent.stdin.close()
-    parent.wait(10)
+        step = 15 * kill + dice.randint(0, 20)
+        assert workers.run("train", tmp_path / "killed", lambda step=step: wait(step)) == -signal.SIGKILL
+    assert workers.run("train", tmp_path / "killed") == 0 and workers.run("train", tmp_path / "whole") == 0
     killed, whole = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("killed", "whole"))
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
     states = [torch.load(list_checkpoints(tmp_path / name / "checkpoints")[-1], weights_only=True) for name in ("killed", "whole")]
@@ -87,6 +136,40 @@ def test_twenty_kills_change_nothing(tmp_path):
             row.pop(name)
     assert [row["step"] for row in rows[0]] == list(range(10, 401, 10))
     assert rows[0][-1] == rows[1][-1]
+
+
+@pytest.mark.parametrize("n_kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_compact_leaves_a_whole_run_or_none(tmp_path, workers, n_kills):
+    images = ToyCars(40, 16, seed=0).images
+    train_gan(images, tmp_path / "source", TrainConfig(**{**asdict(CONFIG), "steps": 2}), device="cpu", quiet=True)
+    start = time.monotonic()
+    assert workers.run("compact", tmp_path / "whole") == 0
+    seconds, expected, made = time.monotonic() - start, load_file(tmp_path / "whole" / "final" / "model.safetensors"), tmp_path / "killed"
+    for kill in range(n_kills):
+        status = workers.run("compact", made, lambda part=(kill + 1) / n_kills: time.sleep(seconds * part))
+        assert status == -signal.SIGKILL or status == 0
+        if made.exists():  # the last kill may come too late
+            assert RunFolder(made).config()["z_dim"] == 5 and load_checkpoint(made / "checkpoints")["step"] == 2
+            shutil.rmtree(made)
+    assert workers.run("compact", made) == 0
+    assert all(torch.equal(load_file(made / "final" / "model.safetensors")[name], value) for name, value in expected.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "source", "whole"]
+
+
+@pytest.mark.slow
+def test_a_killed_demo_ends_as_one_that_was_not(tmp_path, workers):
+    start = time.monotonic()
+    assert workers.run("demo", tmp_path / "whole") == 0
+    seconds = time.monotonic() - start
+    for kill in range(20):  # each session goes on where the last one was killed
+        status = workers.run("demo", tmp_path / "killed", lambda part=(kill + 1) / 20: time.sleep(seconds * part))
+        assert status == -signal.SIGKILL or status == 0
+    assert workers.run("demo", tmp_path / "killed") == 0
+    for name in ("common/final", "compact/final", "futuristic/final"):
+        killed, whole = (load_file(tmp_path / folder / name / "model.safetensors") for folder in ("killed", "whole"))
+        assert all(torch.equal(killed[key], value) for key, value in whole.items()), name
+    killed, whole = (load_json(tmp_path / folder / "numbers.json") for folder in ("killed", "whole"))
+    assert killed["blend"] == whole["blend"] and killed["encoder"] == whole["encoder"]
 
 
 @pytest.fixture
@@ -134,6 +217,173 @@ def test_a_loss_that_is_no_number_stops_and_keeps(short_run, monkeypatch):
     with pytest.raises(CarprotoError, match="not a number at step 30.*last good checkpoint"):
         train_gan(images, run, config, device="cpu", quiet=True)
     assert list_checkpoints(run / "checkpoints") == before
+
+
+def poison(monkeypatch, at_step: int, then: Callable[[], None] = lambda: None) -> None:
+    """Let a weight of the generator become NaN after a step, as an overflow would, and do something ten steps later."""
+    step = Trainer.step_generator
+
+    def poisoned(self: Trainer) -> dict:
+        losses = step(self)
+        if self.step == at_step:
+            torch.nn.init.constant_(next(self.G.parameters()), torch.nan)
+        if self.step == at_step + 10:
+            then()
+        return losses
+
+    monkeypatch.setattr(Trainer, "step_generator", poisoned)
+
+
+def test_weights_that_are_not_finite_are_never_saved(short_run, monkeypatch):
+    images, run, config = short_run
+    before, final = list_checkpoints(run / "checkpoints"), load_file(run / "final" / "model.safetensors")
+    monkeypatch.setattr("carproto.train.Clock.wants_save", lambda clock, is_report: True)
+    poison(monkeypatch, 23)
+    with pytest.raises(CarprotoError, match="holds NaN or infinity at step 23.*the last good checkpoint is .*step_00000022.pt"):
+        train_gan(images, run, config, device="cpu", quiet=True)
+    assert load_checkpoint(run / "checkpoints")["step"] == 22 and len(list_checkpoints(run / "checkpoints")) == len(before)
+    assert all(torch.equal(load_file(run / "final" / "model.safetensors")[name], value) for name, value in final.items())
+    monkeypatch.undo()
+    assert train_gan(images, run, config, device="cpu", quiet=True).finished
+
+
+def test_a_session_stopped_with_nan_weights_says_so(tmp_path, monkeypatch):
+    poison(monkeypatch, 12, lambda: os.kill(os.getpid(), signal.SIGINT))
+    config = TrainConfig(**{**asdict(CONFIG), "report_every": 1000})
+    with pytest.raises(CarprotoError, match="holds NaN or infinity at step 22.*there is no good checkpoint yet"):
+        train_gan(ToyCars(40, 16, seed=0).images, tmp_path / "run", config, device="cpu", quiet=True)
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints") and not (tmp_path / "run" / "final").exists()
+
+
+def test_nan_in_an_old_checkpoint_falls_back(short_run):
+    images, run, config = short_run
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    state = torch.load(newest, weights_only=True)
+    state["ema"]["linear.bias"][0] = torch.inf
+    torch.save(state, newest)
+    with pytest.warns(UserWarning, match="ema.linear.bias holds NaN"):
+        assert train_gan(images, run, config, device="cpu", quiet=True).finished
+
+
+@pytest.fixture(scope="module")
+def generator() -> Generator:
+    """A generator that an encoder can learn to invert."""
+    return measure_statistics(Generator(16, 8, 4), n_batches=2).requires_grad_(False)
+
+
+def test_an_encoder_that_diverges_keeps_what_was_good(tmp_path, generator, monkeypatch):
+    short = EncoderConfig(steps=4, batch=4, width=4, report_every=2)
+    train_encoder(generator, tmp_path / "encoder", short, device="cpu", max_minutes=1e-9, quiet=True)
+    before = list_checkpoints(tmp_path / "encoder" / "checkpoints")
+    step = EncoderTrainer.step_encoder
+
+    def poisoned(self: EncoderTrainer) -> dict:
+        losses = step(self)
+        if self.step == 3:
+            torch.nn.init.constant_(self.E.fc.bias, torch.nan)
+        return losses
+
+    monkeypatch.setattr(EncoderTrainer, "step_encoder", poisoned)
+    monkeypatch.setattr("carproto.train.Clock.wants_save", lambda clock, is_report: True)
+    with pytest.raises(CarprotoError, match="E.fc.bias holds NaN or infinity at step 3.*the last good checkpoint is"):
+        train_encoder(generator, tmp_path / "encoder", short, device="cpu", quiet=True)
+    assert before and load_checkpoint(tmp_path / "encoder" / "checkpoints")["step"] == 2
+    monkeypatch.undo()
+    assert train_encoder(generator, tmp_path / "encoder", short, device="cpu", quiet=True).finished
+    for path in list_checkpoints(tmp_path / "encoder" / "checkpoints"):
+        path.unlink()
+    with pytest.raises(CarprotoError, match="an encoder and no checkpoint"):
+        train_encoder(generator, tmp_path / "encoder", short, device="cpu", quiet=True)
+
+
+def test_runs_of_another_kind_are_refused(short_run, tmp_path, generator):
+    images, run, config = short_run
+    with pytest.raises(CarprotoError, match="not of an encoder's training"):
+        train_encoder(generator, run, EncoderConfig(steps=1, batch=4, width=4), device="cpu", quiet=True)
+    encoder = train_encoder(generator, tmp_path / "encoder", EncoderConfig(steps=1, batch=4, width=4), device="cpu", quiet=True).run
+    for start in (lambda: compact_run(encoder.path, tmp_path / "new"), lambda: finetune_freezed(encoder.path, images, tmp_path / "new")):
+        with pytest.raises(CarprotoError, match="train one first|no training run of a generator"):
+            start()
+
+
+def test_a_run_without_a_checkpoint_says_so(short_run, tmp_path, capsys):
+    images, run, config = short_run
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CarprotoError, match="holds the generator in .*final and no checkpoint"):
+        train_gan(images, run, config, device="cpu", quiet=True)
+    shutil.rmtree(run / "final")
+    assert train_gan(images, run, config, device="cpu", quiet=True).finished
+    assert "holds no checkpoint yet: the run begins at step 0" in capsys.readouterr().err
+    short = compact_run(run, tmp_path / "short", 5)
+    shutil.rmtree(short.checkpoints)
+    shutil.rmtree(short.path / "final")
+    with pytest.raises(CarprotoError, match="a shortened code and no checkpoint"):
+        train_gan(images, short.path, TrainConfig(**short.config()), device="cpu", quiet=True)
+
+
+def test_two_trainers_share_no_folder(short_run, generator):
+    images, run, config = short_run
+    rows = RunFolder(run).stats()
+    with lock_folder(run, work="training"):
+        with pytest.raises(CarprotoError, match="another training is writing into"):
+            train_gan(images, run, config, device="cpu", quiet=True)
+        with pytest.raises(CarprotoError, match="another training is writing into"):
+            train_encoder(generator, run, device="cpu", quiet=True)
+    assert RunFolder(run).stats() == rows
+    assert train_gan(images, run, config, device="cpu", quiet=True).finished
+
+
+def test_leftovers_of_dead_sessions_go(short_run):
+    images, run, config = short_run
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [f"{folder}/.a.{dead.pid}.00ff.tmp" for folder in (".", "checkpoints", "samples", "final")]
+    for name in names:
+        (run / name).write_text("half")
+    train_gan(images, run, config, device="cpu", quiet=True)
+    assert not [name for name in names if (run / name).exists()]
+
+
+def test_a_full_disk_at_the_end_loses_nothing(short_run, monkeypatch):
+    images, run, config = short_run
+    before = load_file(run / "final" / "model.safetensors")
+    write = Path.write_bytes
+
+    def write_bytes(path: Path, data: bytes) -> int:
+        if path.parent.name == "final":
+            write(path, data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(CarprotoError, match="final/model.safetensors: No space left on device"):
+        train_gan(images, run, config, device="cpu", quiet=True)
+    monkeypatch.undo()
+    assert all(torch.equal(load_file(run / "final" / "model.safetensors")[name], value) for name, value in before.items())
+    assert load_checkpoint(run / "checkpoints")["step"] == 40 and not list((run / "final").glob(".*"))
+    result = train_gan(images, run, config, device="cpu", quiet=True)
+    assert best_generator(run, "cpu").fingerprint() == result.generator.fingerprint()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("could not create a primitive"), MemoryError()])
+def test_a_full_memory_is_explained(short_run, monkeypatch, error):
+    images, run, config = short_run
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("carproto.trainer.hinge_generator", fail)
+    with pytest.raises(CarprotoError, match="the memory is full with batch 8"):
+        train_gan(images, run, config, device="cpu", quiet=True)
+
+
+def test_how_photos_became_square_goes_with_the_generator(tmp_path):
+    config = TrainConfig(**{**asdict(CONFIG), "steps": 4, "report_every": 2})
+    images, about = ToyCars(40, 16, seed=0).images, {"fit": "crop"}
+    result = train_gan(images, tmp_path / "run", config, evaluate=lambda G: {"kid": 1.0}, about=about, device="cpu", quiet=True)
+    assert result.generator.fit == best_generator(tmp_path / "run", "cpu").fit == "crop"
+    assert [load_json(tmp_path / "run" / name / "config.json")["fit"] for name in ("best", "final")] == ["crop", "crop"]
+    assert best_generator(compact_run(tmp_path / "run", tmp_path / "short", 5).path, "cpu").fit == "crop"
 
 
 def test_a_checkpoint_of_another_network_is_refused(short_run, tmp_path):

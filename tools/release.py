@@ -2,17 +2,22 @@
 
     python tools/release.py toy64 --common runs/common --futuristic runs/futuristic --encoder runs/encoder
 
-The model card, data/NAME/README.md, is written by hand.
+The model card, data/NAME/README.md, is written by hand, and stays. The table of SHA-256 in nbs/02_weights.ipynb is written anew; run
+`python tools/sync.py` afterwards, and tag the commit as that notebook's `REVISION`.
 """
 import argparse
+import json
+import os
+import re
 import shutil
 from pathlib import Path
 
-from carproto.core import CarprotoError, load_json, save_json
+from carproto.core import CarprotoError, folder_aside, load_json, save_json
 from carproto.encode import grade_encoder
 from carproto.encoder import load_encoder, save_encoder
 from carproto.sngan import load_generator, save_discriminator, save_generator
 from carproto.train import best_generator, load_discriminator
+from carproto.weights import IN_REPOSITORY, hash_file
 
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
 PLACES = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
@@ -50,6 +55,36 @@ def copy_record(run: Path, folder: Path) -> None:
             save_json({key: Path(value).name if key in PLACES and "/" in value else value for key, value in told.items()}, folder / name)
 
 
+def replace_folder(made: Path, folder: Path) -> None:
+    """Put a whole new release in the place of the old one, whose model card stays."""
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+    if (folder / "README.md").exists():
+        shutil.copyfile(folder / "README.md", made / "README.md")
+    if folder.exists():
+        folder.rename(old)
+    made.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def list_hashes(data: Path) -> str:
+    """Write the SHA-256 of all released files as the entries of a dict."""
+    lines, folders = [], {path.parent.relative_to(data).as_posix(): path.parent for path in data.rglob("model.safetensors")}
+    for name, folder in sorted(folders.items()):
+        files = [f'        "{file}": "{hash_file(folder / file)}",' for file in ("config.json", "model.safetensors")]
+        lines += [f'    "{name}": {{', *files, "    },"]
+    return "\n".join(lines)
+
+
+def write_hashes(data: Path, notebook: Path) -> None:
+    """Put the SHA-256 of all released files into the table that downloads are compared with."""
+    content = json.loads(notebook.read_text(encoding="utf-8"))
+    cell, = (cell for cell in content["cells"] if "\nRELEASES = {" in "".join(cell["source"]))
+    table = re.compile(r"(\nRELEASES = \{[^\n]*\n).*?(\n\}\n)", re.DOTALL)
+    source = table.sub(lambda found: found[1] + list_hashes(data) + found[2], "".join(cell["source"]))
+    cell["source"] = source.splitlines(keepends=True)
+    notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write data/NAME."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -61,11 +96,17 @@ def main(argv: list[str] | None = None) -> None:
     folder, bound = arguments.data / arguments.name, load_json(arguments.encoder / "encoder" / "config.json")["generator"]
     if best_generator(arguments.common, "cpu").fingerprint() != bound:
         raise CarprotoError(f"{arguments.encoder} reads generator {bound}, which is not the one of {arguments.common}")
-    for part in ("common", "futuristic"):
-        release_generator(getattr(arguments, part), folder / part)
-    release_encoder(arguments.encoder, folder / "encoder", [load_generator(folder / part, "cpu") for part in ("common", "futuristic")])
-    for part in ("common", "futuristic", "encoder"):
-        copy_record(getattr(arguments, part), folder / "record" / part)
+    with folder_aside(folder.with_name(f"{folder.name}.new")) as aside:
+        for part in ("common", "futuristic"):
+            release_generator(getattr(arguments, part), aside / part)
+        release_encoder(arguments.encoder, aside / "encoder", [load_generator(aside / part, "cpu") for part in ("common", "futuristic")])
+        for part in ("common", "futuristic", "encoder"):
+            copy_record(getattr(arguments, part), aside / "record" / part)
+        if (folder / "probe").exists():
+            shutil.copytree(folder / "probe", aside / "probe")
+    replace_folder(folder.with_name(f"{folder.name}.new"), folder)
+    if arguments.data.resolve() == IN_REPOSITORY:
+        write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "02_weights.ipynb")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     print(f"{folder}: {size:.1f} MB" + (f", more than {LIMIT_MB} MB" if size > LIMIT_MB else ""))
 
