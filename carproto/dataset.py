@@ -13,6 +13,7 @@ import os
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -28,6 +29,7 @@ from .toycars import COMMON, FUTURISTIC, ToyCars
 # %% ../nbs/14_dataset.ipynb #46aea1ad
 _MAX_FILE_BYTES = 64_000_000  # a larger file is no photo of a car
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_MASK_SUFFIX = ".mask.png"  # a file beside a picture that is its mask, not a picture
 
 
 class PictureStore:
@@ -47,7 +49,7 @@ class PictureStore:
             raise CarprotoError(f"{path} does not exist: give a folder or a zip of photos, or toycars")
         hidden = [name for name in self.files if any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)]
         self.files = {name: self.files[name] for name in sorted(set(self.files) - set(hidden))}
-        self.names = [name for name in self.files if name.lower().endswith(_SUFFIXES)]
+        self.names = [name for name in self.files if name.lower().endswith(_SUFFIXES) and not name.lower().endswith(_MASK_SUFFIX)]
         if not self.names:
             raise CarprotoError(f"{path} holds no jpg, png or webp picture")
 
@@ -96,6 +98,8 @@ def read_pictures(
     size: int,  # side in pixels
     fit: str,  # one of `FITS`
     *,
+    align: Callable | None = None,  # an `Aligner`, which takes the place of `fit`
+    rows: dict[str, dict] | None = None,  # metadata by name, for the views
     quiet: bool = False,  # no bar
 ) -> dict:  # images uint8 (N, 3, size, size), names, digests, clusters of near-duplicates, skipped as [name, reason]
     "Decode every picture to a square; a picture that cannot be read is listed with its reason."
@@ -105,9 +109,13 @@ def read_pictures(
         try:
             data = store.read(store.names[i])
             picture = open_picture(data)
+            row = (rows or {}).get(store.names[i], {})
+            if align and row.get("keep") is False:
+                raise CarprotoError("curated: " + ", ".join(row.get("reasons", [])))
+            square = align(picture, size, store=store, name=store.names[i], data=data, row=row) if align else fit_square(picture, size, fit)
         except CarprotoError as error:
             return str(error).removeprefix("the picture: ").split(" (cannot identify")[0], None
-        images[i] = np.asarray(fit_square(picture, size, fit)).transpose(2, 0, 1)
+        images[i] = np.asarray(square).transpose(2, 0, 1)
         return hashlib.sha256(data).hexdigest()[:16], (hash_pictures([picture])[0], shrink_pictures([picture])[0])
 
     pool, results = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)), []
@@ -138,12 +146,16 @@ def read_cached(
     size: int,  # side in pixels
     fit: str,  # one of `FITS`
     *,
+    align: Callable | None = None,  # an `Aligner`, which takes the place of `fit`
+    rows: dict[str, dict] | None = None,  # metadata by name, for the views
     quiet: bool = False,  # no bar
 ) -> dict:  # as from `read_pictures`
     "Read the pictures from the cache, or decode them and fill it."
-    place = hashlib.sha256(f"{store.path.resolve()}|{size}|{fit}".encode()).hexdigest()[:16]
-    file = cache_folder() / f"{store.path.stem}-{size}-{fit}-{place}.npz"
-    key = hashlib.sha256(json.dumps([_CACHE_VERSION, [[n, *store.stamp(n)] for n in store.names]]).encode()).hexdigest()
+    way = "align" if align else fit
+    place = hashlib.sha256(f"{store.path.resolve()}|{size}|{way}{align.key if align else ''}".encode()).hexdigest()[:16]
+    file = cache_folder() / f"{store.path.stem}-{size}-{way}-{place}.npz"
+    known = [[(rows or {}).get(n, {}).get(field) for field in ("view", "view_guess", "keep")] for n in store.names] if align else []
+    key = hashlib.sha256(json.dumps([_CACHE_VERSION, [[n, *store.stamp(n)] for n in store.names], *known]).encode()).hexdigest()
     try:
         with np.load(file, allow_pickle=False) as saved:
             notes = json.loads(str(saved["notes"]))
@@ -151,7 +163,7 @@ def read_cached(
                 return {"images": saved["images"], **notes}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass
-    content = read_pictures(store, size, fit, quiet=quiet)
+    content = read_pictures(store, size, fit, align=align, rows=rows, quiet=quiet)
     notes = {"key": key, **{name: content[name] for name in ("names", "digests", "clusters", "skipped")}}
     try:
         with atomic_path(file) as temporary, open(temporary, "wb") as handle:
@@ -198,6 +210,7 @@ class CarImages:
         size: int,  # side in pixels: 16, 32, 64, 128 or 256
         *,
         fit: str = "squash",  # how a photo becomes square: one of `FITS`
+        align: Callable | None = None,  # an `Aligner`: the car is cut out and placed in one frame; None takes photos as they are
         split: str | None = None,  # "train" or "heldout"; None takes all
         heldout_share: float = 0.1,  # of the photos that are held out
         cache: bool = True,  # keep the decoded images for the next time
@@ -206,10 +219,12 @@ class CarImages:
         check_size(size)
         if fit not in FITS or split not in (None, "train", "heldout"):
             raise CarprotoError(f"fit {fit!r} must be one of {', '.join(FITS)}, and split {split!r} train, heldout or None")
-        self.path, self.size, self.fit, self.split = Path(path), size, fit, split
+        self.path, self.size, self.fit, self.split, self.align = Path(path), size, fit, split, align
         store = PictureStore(path)
         rows = read_metadata(store)
-        content = (read_cached if cache else read_pictures)(store, size, fit, quiet=not progress)
+        if align:
+            align.prepare(store, [name for name in store.names if rows.get(name, {}).get("keep") is not False], quiet=not progress)
+        content = (read_cached if cache else read_pictures)(store, size, fit, align=align, rows=rows, quiet=not progress)
         names, self.skipped = content["names"], [tuple(pair) for pair in content["skipped"]]
         known = [{**rows.get(name, {}), "file_name": name} for name in names]
         chosen = np.array([row.get("keep") is not False for row in known], dtype=bool)
@@ -227,7 +242,8 @@ class CarImages:
     def fingerprint(self) -> str:
         "Hash the names and contents of the pictures, their size and fit."
         files = [[row["file_name"], digest] for row, digest in zip(self.metadata, self.digests)]
-        return hashlib.sha256(json.dumps([self.size, self.fit, files]).encode()).hexdigest()[:16]
+        way = [self.align.key] if self.align else [self.fit]
+        return hashlib.sha256(json.dumps([self.size, *way, files]).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.metadata)
@@ -260,14 +276,16 @@ def open_cars(
     size: int,  # side in pixels: 16, 32, 64, 128 or 256
     *,
     fit: str = "squash",  # how a photo becomes square: one of `FITS`
+    align: Callable | None = None,  # an `Aligner`: cars are cut out and placed in one frame; None takes pictures as they are
     split: str | None = "train",  # "train" or "heldout"; None takes all photos
     n_toys: int | None = None,  # how many toy cars; None draws 4,096, or 512 held-out ones
     progress: bool = True,  # show a bar while decoding
 ) -> CarImages | ToyCars:  # with .images, .metadata, len and [i]
     "Open a data set by its name or path."
     if str(path) not in ("toycars", "toycars-futuristic"):
-        return CarImages(path, size, fit=fit, split=split, progress=progress)
+        return CarImages(path, size, fit=fit, align=align, split=split, progress=progress)
     check_size(size)
     is_heldout = split == "heldout"
     n, start = n_toys or (512 if is_heldout else 4096), HELDOUT_START if is_heldout else 0
-    return ToyCars(n, size, futurism=COMMON if str(path) == "toycars" else FUTURISTIC, start=start, progress=progress)
+    futurism = COMMON if str(path) == "toycars" else FUTURISTIC
+    return ToyCars(n, size, futurism=futurism, start=start, align=align, progress=progress)
