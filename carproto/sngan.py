@@ -175,6 +175,7 @@ def read_weights(
 # %% ../nbs/21_sngan.ipynb #0ae999ee
 RELEASES = tuple(f"{name}/{part}" for name in ("toy32", "toy64", "real64") for part in ("common", "futuristic", "encoder"))
 RELEASES += tuple(f"{name}/{part}/discriminator" for name in ("toy64", "real64") for part in ("common", "futuristic"))
+RELEASES += ("mask_judge",)
 SOURCE = "https://raw.githubusercontent.com/carproto/carproto/main/data"  # where the repository's data/ can be read
 IN_REPOSITORY = Path(__file__).resolve().parents[1] / "data" if "__file__" in globals() else Path("../data").resolve()
 
