@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import torch
 from fastcore.script import anno_parser
 
+from .align import AlignConfig, frame_of
 from .blend import check_intensities
 from .compact import compact_run
 from .core import CarprotoError, draw_latents, fit_square, load_json, open_picture, save_json, to_tensor
@@ -34,6 +35,7 @@ from .freezed import finetune_freezed
 from .invert import Inversion, InvertConfig, doubtful, invert
 from .journey import Journey, read_journey, write_journey
 from .losses import PerceptualDistance, discriminator_maps
+from .masks import Aligner, find_aligner
 from .metrics import Evaluator
 from .readers import feature_extractor, futurism_scale
 from .route import plan_route
@@ -102,8 +104,10 @@ def carproto_demo(
 # %% ../nbs/60_cli.ipynb #d812a8c5
 def _open_both(data: str, size: int, fit: str, heldout: str) -> tuple:
     "Open training and held-out cars."
-    train = open_cars(data, size, fit=fit, split=None if heldout else "train")
-    return train, open_cars(heldout or data, size, fit=fit, split=None if heldout else "heldout")
+    align = find_aligner(data)
+    train = open_cars(data, size, fit=fit, align=align, split=None if heldout else "train")
+    align = find_aligner(heldout) if heldout else align
+    return train, open_cars(heldout or data, size, fit=fit, align=align, split=None if heldout else "heldout")
 
 
 def _judge(extractor: str, extractor_size: int, train: torch.Tensor, heldout: torch.Tensor) -> Evaluator | None:
@@ -117,7 +121,9 @@ def _judge(extractor: str, extractor_size: int, train: torch.Tensor, heldout: to
 def _about(data: str, heldout: str, fit: str, cars: object, extractor: str) -> dict:
     "Say where the pictures came from, for data.json."
     skipped = len(getattr(cars, "skipped", []))
-    return {"data": data, "heldout": heldout or f"split of {data}", "fit": fit, "n_skipped": skipped, "extractor": extractor}
+    align = getattr(cars, "align", None)
+    frame = {"frame": frame_of(align.config)} if align else {}
+    return {"data": data, "heldout": heldout or f"split of {data}", "fit": fit, **frame, "n_skipped": skipped, "extractor": extractor}
 
 
 def _say_next(result: Result, hint: str) -> None:
@@ -482,11 +488,21 @@ def carproto_curate(
     backbone: str = "",  # its MobileNetV2 weights; empty downloads torchvision's
     min_confidence: float = 0.5,  # least chance that the view is one of those that stay, 0 to 1
     sheet: str = "",  # where to save a picture of what was rejected and why; empty saves none
+    align: bool = False,  # cut cars out and reject those that cannot be: training then opens aligned cars
+    aspect: float = 0,  # width by height of the photos when they were taken, where they were squashed, such as 1.4; 0 means that they were not
+    mask_model: str = "u2netp",  # network that finds the cars: u2netp, u2net, silueta, isnet-general-use, or another of rembg's
+    mask_file: str = "",  # its file; empty looks for it and else downloads it
+    max_doubt: float = AlignConfig.max_doubt,  # of the judge of outlines, about 0 to 1; less is stricter
 ):
     "Write a verdict for each picture into metadata.jsonl: broken, duplicate, blurred, small, of another view; nothing is deleted."
     classify = load_view_classifier(view_classifier, backbone or None) if view_classifier else None
     others = [path.strip() for path in against.split(",") if path.strip()]
-    verdicts = curate(folder, classify_view=classify, views=[view.strip() for view in views.split(",")], min_confidence=min_confidence,
+    wanted = tuple(view.strip() for view in views.split(","))
+    if align and "left" in wanted:
+        wanted += ("right",) * ("right" not in wanted)  # it is mirrored
+    choices = AlignConfig(aspect=aspect or None, mask_model=mask_model, max_doubt=max_doubt, views=wanted)
+    aligner = Aligner(choices, segment=mask_file or None) if align else None
+    verdicts = curate(folder, classify_view=classify, views=wanted, min_confidence=min_confidence, align=aligner,
                       quality={"exterior_rule": True} if exterior_rule else None, against=others)  # fmt: skip
     print(f"{sum(row['keep'] for row in verdicts)} of {len(verdicts)} pictures stay")
     for reason, count in count_reasons(verdicts).most_common():

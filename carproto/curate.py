@@ -127,7 +127,7 @@ def curate(
         for other in theirs:
             other.look_at_all({}, None, quiet)
         lines = {other: _read_verdicts(other, ours) for other in theirs}
-        lines[ours] = _fresh_verdicts(ours)
+        lines[ours] = _fresh_verdicts(ours, keeps_views=align is not None and classify_view is None)
         _judge_views(ours, lines[ours][0], views, min_confidence)
         if align:
             _judge_masks(ours, lines[ours][0], align, quiet)
@@ -153,10 +153,11 @@ def _open_sets(folder: str | Path, against: str | Path | Sequence[str | Path]) -
     return ours, theirs
 
 # %% ../nbs/27_curate.ipynb #a4665b61
-def _fresh_verdicts(ours: _PictureSet) -> tuple[list[dict], list[dict], list[str]]:
-    "Make one row for each picture, without old verdicts; return also the other rows and the broken lines."
+def _fresh_verdicts(ours: _PictureSet, keeps_views: bool) -> tuple[list[dict], list[dict], list[str]]:
+    "Make one row for each picture, without old verdicts, the guessed views apart if wanted; return also the other rows and the broken lines."
     rows, broken = _read_rows(ours.path)
-    known = {row["file_name"]: {k: v for k, v in row.items() if k not in _VERDICT} for row in rows if row.get("file_name")}
+    dropped = set(_VERDICT) - ({"view_guess", "view_confidence"} if keeps_views else set())
+    known = {row["file_name"]: {k: v for k, v in row.items() if k not in dropped} for row in rows if row.get("file_name")}
     for name, view in read_labels(ours.path).items():
         known.setdefault(name, {"file_name": name})["view"] = view
     names = set(ours.names)
