@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--look", type=Path, help="folder for sheets of accepted cars, 200 of each pack")
     parser.add_argument("--bad", nargs="*", default=[], help="numbers of bad ones on the sheets, with the reason, such as 17:halo")
     parser.add_argument("--n_looked", type=int, default=0, help="accepted cars that were looked at")
+    parser.add_argument("--sample", default="", help="what the cars that were looked at are a sample of")
     parser.add_argument("--out", type=Path, default=Path("data/records/align.json"))
     arguments = parser.parse_args()
     record = {"command": describe_command(), "packs": {}}
@@ -113,7 +114,7 @@ def main() -> None:
             for start in range(0, len(cars), 100):
                 sheet = image_grid([car.resize((96, 96)) for car in cars[start : start + 100]], 10)
                 save_picture(sheet, arguments.look / f"{Path(path).stem}_{start}.png")
-    record["look"] = {"n": arguments.n_looked, "bad": arguments.bad}
+    record["look"] = {"n": arguments.n_looked, "sample": arguments.sample, "bad": arguments.bad}
     record["mirror_toys"] = measure_mirror(200)
     record["mirror_photos"] = measure_photos(Path("data/records/views.json"))
     record["toys"] = measure_toys(arguments.network, arguments.n_toys)
