@@ -14,7 +14,9 @@ from shlex import quote
 
 import torch
 
+from .align import AlignConfig, frame_of
 from .compact import compact_run
+from .config import CarprotoError
 from .core import load_json, save_json
 from .crawl import crawl, export_url_list, write_data_card
 from .curate import contact_sheet, count_reasons
@@ -23,13 +25,14 @@ from .dataset import open_both, open_unseen
 from .demo import run_demo
 from .fetch import Fetcher
 from .freezed import finetune_freezed
+from .masks import Aligner, find_aligner
 from .metrics import Evaluator
 from .options import Compact, Curate, Demo, Evaluate, Finetune, Scrape, Train
 from .readers import feature_extractor
 from .search import search_images
 from .sources import CarConnection
 from .train import Result, best_generator, train_gan
-from .views import load_view_classifier
+from .views import KEPT_VIEWS, load_view_classifier
 from .viz import save_picture
 
 # %% ../nbs/58_commands.ipynb #35d14368
@@ -79,7 +82,8 @@ def curate(
         classify_view=classify,
         quality={"exterior_rule": True} if options.exterior_rule else None,
         against=options.against,
-        **_given(views=options.views, min_confidence=options.min_confidence),
+        align=_make_aligner(options),
+        **_given(views=_mirrored_views(options), min_confidence=options.min_confidence),
     )
     print(f"{sum(row['keep'] for row in verdicts)} of {len(verdicts)} pictures stay")
     for reason, count in count_reasons(verdicts).most_common():
@@ -90,6 +94,23 @@ def curate(
         print("nothing was rejected, so there is no sheet")
     card = write_data_card(options.folder)
     print(f"the verdicts are in {options.folder}/metadata.jsonl, their summary in {card}; undo_curation takes them back")
+
+
+def _mirrored_views(options: Curate) -> tuple[str, ...] | None:
+    "Return the views that stay; aligned cars that face right are mirrored, so they stay with those that face left."
+    views = options.views or (KEPT_VIEWS if options.align else None)
+    return (*views, "right") if options.align and "left" in views and "right" not in views else views
+
+
+def _make_aligner(options: Curate) -> Aligner | None:
+    "Make what aligns cars, where it is asked for."
+    wanted = ("aspect", "mask_model", "mask_file", "max_doubt")
+    if not options.align:
+        if any(getattr(options, name) is not None for name in wanted):
+            raise CarprotoError(f"{', '.join(wanted)} need --align")
+        return None
+    chosen = _given(mask_model=options.mask_model, max_doubt=options.max_doubt, aspect=options.aspect, views=_mirrored_views(options))
+    return Aligner(AlignConfig(**chosen), segment=options.mask_file)
 
 # %% ../nbs/58_commands.ipynb #cf9b56b6
 def _make_evaluator(options: Train | Finetune, train: torch.Tensor, heldout: torch.Tensor) -> Evaluator | None:
@@ -102,7 +123,7 @@ def _make_evaluator(options: Train | Finetune, train: torch.Tensor, heldout: tor
 
 def _training(options: Train | Finetune, size: int) -> tuple[torch.Tensor, dict]:
     "Open the cars; return the training images, and what `train_gan` and `finetune_freezed` both take."
-    cars, unseen = open_both(options.data, options.heldout, size, fit=options.fit)
+    cars, unseen = open_both(options.data, options.heldout, size, fit=options.fit, find_aligner=find_aligner)
     evaluator = _make_evaluator(options, cars.images, unseen.images)
     about = {
         "data": options.data,
@@ -111,7 +132,9 @@ def _training(options: Train | Finetune, size: int) -> tuple[torch.Tensor, dict]
         "n_skipped": len(getattr(cars, "skipped", [])),
         "extractor": options.extractor,
     }
-    given = {"heldout": unseen.images, "about": about, "max_minutes": options.max_minutes, "device": options.device}
+    if getattr(cars, "align", None):
+        about["frame"] = frame_of(cars.align.config)
+    given = {"heldout": unseen.images, "about": about, "feature_path": options.feature_path, "max_minutes": options.max_minutes, "device": options.device}
     return cars.images, {"evaluate": evaluator and evaluator.evaluate, **given}
 
 
@@ -167,7 +190,7 @@ def evaluate(
     G = best_generator(options.run)
     data_path = Path(options.run) / "data.json"
     trained_hash = load_json(data_path).get("data_hash") if data_path.exists() else None
-    unseen, trained = open_unseen(options.data, options.train, G.size, fit=options.fit, trained_hash=trained_hash)
+    unseen, trained = open_unseen(options.data, options.train, G.size, fit=options.fit, find_aligner=find_aligner, trained_hash=trained_hash)
     features = feature_extractor(options.extractor, size=options.extractor_size)
     numbers = Evaluator(unseen.images, features, train=trained and trained.images, n_fake=options.n_fake, show_bar=True).evaluate(G)
     about = {"data": options.data, "train": options.train, "fit": options.fit, "generator": G.fingerprint()}

@@ -19,7 +19,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -38,6 +38,7 @@ from .toycars import COMMON, FUTURISTIC, ToyCars
 _MAX_FILE_BYTES = 64_000_000  # a larger file is no photo of a car
 _MAX_LINES_BYTES = 1_000_000_000  # of a metadata.jsonl
 _SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_MASK_SUFFIX = ".mask.png"  # a file beside a picture that is its mask, not a picture
 _NO_PICTURES = (".jsonl", ".json", ".md", ".txt", ".csv", ".html", ".xml", ".yaml", ".yml", ".log", ".lock", ".parquet", ".ini", ".db", ".py")
 
 
@@ -56,7 +57,7 @@ class PictureStore:
         else:
             raise CarprotoError(f"{path} does not exist: give a folder or a zip of photos, or toycars")
         self.files = {name: files[name] for name in sorted(files) if name and not any(map(_is_hidden, name.split("/")))}
-        self.names = [name for name in self.files if name.lower().endswith(_SUFFIXES)]
+        self.names = [name for name in self.files if name.lower().endswith(_SUFFIXES) and not name.lower().endswith(_MASK_SUFFIX)]
         suffixes = (PurePosixPath(name).suffix.lower() for name in self.files)
         self.left_out.update(suffix or "without suffix" for suffix in suffixes if suffix not in _SUFFIXES + _NO_PICTURES)
         if not self.names:
@@ -230,6 +231,8 @@ def read_pictures(
     size: int,  # side in pixels
     fit: str,  # one of `FITS`
     *,
+    align: Callable | None = None,  # an `Aligner`, which takes the place of `fit`
+    rows: dict[str, dict] | None = None,  # metadata by name, for the views
     quiet: bool = False,  # no bar
 ) -> dict:  # images uint8 (N, 3, size, size), names, digests, clusters of near-duplicates, skipped as [name, reason]
     "Decode every picture to a square; a picture that cannot be read is listed with its reason."
@@ -238,8 +241,15 @@ def read_pictures(
     def read(i: int) -> tuple:
         try:
             data = store.read(store.names[i])
+            row = (rows or {}).get(store.names[i], {})
+            if align and row.get("keep") is False:
+                raise CarprotoError("curated: " + ", ".join(list_reasons(row)))
             with decoded_picture(data, at_least=_ENOUGH_PIXELS) as (picture, _):
-                images[i] = np.asarray(fit_square(picture, size, fit)).transpose(2, 0, 1)
+                if align:
+                    square = align(picture, size, store=store, name=store.names[i], data=data, row=row)
+                else:
+                    square = fit_square(picture, size, fit)
+                images[i] = np.asarray(square).transpose(2, 0, 1)
                 return hashlib.sha256(data).hexdigest()[:16], (hash_pictures([picture])[0], shrink_pictures([picture])[0])
         except CarprotoError as error:
             return str(error).removeprefix("the picture: ").split(" (cannot identify")[0], None
@@ -272,12 +282,17 @@ def read_cached(
     size: int,  # side in pixels
     fit: str,  # one of `FITS`
     *,
+    align: Callable | None = None,  # an `Aligner`, which takes the place of `fit`
+    rows: dict[str, dict] | None = None,  # metadata by name, for the views
     quiet: bool = False,  # no bar
 ) -> dict:  # as from `read_pictures`
     "Read the pictures from the cache, or decode them and fill it."
-    place = hashlib.sha256(f"{store.path.resolve()}|{size}|{fit}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    file = cache_folder() / f"{store.path.stem}-{size}-{fit}-{place}.npz"
-    key = hashlib.sha256(json.dumps([_CACHE_VERSION, [[n, *store.stamp(n)] for n in store.names]]).encode()).hexdigest()
+    way = "align" if align else fit
+    spelled = f"{store.path.resolve()}|{size}|{way}{align.key if align else ''}".encode("utf-8", "surrogatepass")
+    place = hashlib.sha256(spelled).hexdigest()[:16]
+    file = cache_folder() / f"{store.path.stem}-{size}-{way}-{place}.npz"
+    known = [[(rows or {}).get(n, {}).get(field) for field in ("view", "view_guess", "keep")] for n in store.names] if align else []
+    key = hashlib.sha256(json.dumps([_CACHE_VERSION, [[n, *store.stamp(n)] for n in store.names], *known]).encode()).hexdigest()
     try:
         with np.load(file, allow_pickle=False) as saved:
             notes = json.loads(str(saved["notes"]))
@@ -285,7 +300,7 @@ def read_cached(
                 return {"images": saved["images"], **notes}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass
-    content = read_pictures(store, size, fit, quiet=quiet)
+    content = read_pictures(store, size, fit, align=align, rows=rows, quiet=quiet)
     notes = {"key": key, **{name: content[name] for name in ("names", "digests", "clusters", "skipped")}}
     try:
         with atomic_path(file) as temporary, open(temporary, "wb") as handle:
@@ -332,6 +347,7 @@ class CarImages:
         size: int,  # side in pixels: 16, 32, 64, 128 or 256
         *,
         fit: str = "squash",  # how a photo becomes square: one of `FITS`
+        align: Callable | None = None,  # an `Aligner`: the car is cut out and placed in one frame; None takes photos as they are
         split: str | None = None,  # "train" or "heldout"; None takes all
         heldout_share: float = 0.1,  # of the photos that are held out
         cache: bool = True,  # keep the decoded images for the next time
@@ -340,10 +356,12 @@ class CarImages:
         check_size(size)
         if fit not in FITS or split not in (None, "train", "heldout"):
             raise CarprotoError(f"fit {fit!r} must be one of {', '.join(FITS)}, and split {split!r} train, heldout or None")
-        self.path, self.size, self.fit, self.split = Path(path), size, fit, split
+        self.path, self.size, self.fit, self.split, self.align = Path(path), size, fit, split, align
         store = PictureStore(path)
         rows = read_metadata(store)
-        content = (read_cached if cache else read_pictures)(store, size, fit, quiet=not progress)
+        if align:
+            align.prepare(store, [name for name in store.names if rows.get(name, {}).get("keep") is not False], quiet=not progress)
+        content = (read_cached if cache else read_pictures)(store, size, fit, align=align, rows=rows, quiet=not progress)
         names, self.skipped = content["names"], [tuple(pair) for pair in content["skipped"]]
         known = [{**rows.get(name, {}), "file_name": name} for name in names]
         chosen = np.array([row.get("keep") is not False for row in known], dtype=bool)
@@ -364,7 +382,8 @@ class CarImages:
     def fingerprint(self) -> str:
         "Hash the names and contents of the pictures, their size and fit."
         files = [[row["file_name"], digest] for row, digest in zip(self.metadata, self.digests)]
-        return hashlib.sha256(json.dumps([self.size, self.fit, files]).encode()).hexdigest()[:16]
+        way = [self.align.key] if self.align else [self.fit]
+        return hashlib.sha256(json.dumps([self.size, *way, files]).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.metadata)
@@ -399,17 +418,19 @@ def open_cars(
     size: int,  # side in pixels: 16, 32, 64, 128 or 256
     *,
     fit: str = "squash",  # how a photo becomes square: one of `FITS`
+    align: Callable | None = None,  # an `Aligner`: cars are cut out and placed in one frame; None takes pictures as they are
     split: str | None = "train",  # "train" or "heldout"; None takes all photos
     n_toys: int | None = None,  # how many toy cars; None draws 4,096, or 512 held-out ones
     progress: bool = True,  # show a bar while decoding
 ) -> CarImages | ToyCars:  # with .images, .metadata, len and [i]
     "Open a data set by its name or path."
     if str(path) not in ("toycars", "toycars-futuristic"):
-        return CarImages(path, size, fit=fit, split=split, progress=progress)
+        return CarImages(path, size, fit=fit, align=align, split=split, progress=progress)
     check_size(size)
     is_heldout = split == "heldout"
     n, start = n_toys or (512 if is_heldout else 4096), HELDOUT_START if is_heldout else 0
-    return ToyCars(n, size, futurism=COMMON if str(path) == "toycars" else FUTURISTIC, start=start, progress=progress)
+    futurism = COMMON if str(path) == "toycars" else FUTURISTIC
+    return ToyCars(n, size, futurism=futurism, start=start, align=align, progress=progress)
 
 # %% ../nbs/14_dataset.ipynb #5875ae6c
 def is_toys(path: str | Path) -> bool:
@@ -447,11 +468,14 @@ def open_both(
     size: int,  # side in pixels
     *,
     fit: str = "squash",  # how a photo becomes square: one of `FITS`
+    find_aligner: Callable | None = None,  # path of a set -> its `Aligner` or None; None aligns nothing
     progress: bool = True,  # show a bar while decoding
 ) -> tuple[CarImages | ToyCars, CarImages | ToyCars]:  # training and held-out cars
     "Open training and held-out cars; raise `CarprotoError` when they share a picture."
-    train = open_cars(data, size, fit=fit, split="train" if heldout is None or is_toys(data) else None, progress=progress)
-    unseen = open_cars(heldout or data, size, fit=fit, split="heldout" if heldout is None or is_toys(heldout) else None, progress=progress)
+    align, align_unseen = (find_aligner and find_aligner(path) for path in (data, heldout or data))
+    train = open_cars(data, size, fit=fit, align=align, split="train" if heldout is None or is_toys(data) else None, progress=progress)
+    side = "heldout" if heldout is None or is_toys(heldout) else None
+    unseen = open_cars(heldout or data, size, fit=fit, align=align_unseen, split=side, progress=progress)
     n_shared = len(shared_pictures(unseen, train))
     if heldout is not None and n_shared:
         raise CarprotoError(
@@ -467,13 +491,15 @@ def open_unseen(
     size: int,  # side in pixels
     *,
     fit: str = "squash",  # how a photo becomes square: one of `FITS`
+    find_aligner: Callable | None = None,  # path of a set -> its `Aligner` or None; None aligns nothing
     trained_hash: str | None = None,  # `hash_images` of what the run was trained on; None when not known
     progress: bool = True,  # show a bar while decoding
 ) -> tuple[CarImages | ToyCars, CarImages | ToyCars | None]:  # held-out cars, and those trained on
     "Open cars to measure a generator on; of a set that was trained on only its held-out tenth, and nothing that overlaps."
 
     def opened(path: str | Path, split: str, whole: bool) -> CarImages | ToyCars:
-        return open_cars(path, size, fit=fit, split=None if whole and not is_toys(path) else split, progress=progress)
+        align = find_aligner and find_aligner(path)
+        return open_cars(path, size, fit=fit, align=align, split=None if whole and not is_toys(path) else split, progress=progress)
 
     unseen, seen = opened(data, "heldout", True), None if train is None else opened(train, "train", True)
     if seen is not None:

@@ -45,6 +45,7 @@ def finetune_freezed(
     about: dict | None = None,  # further entries for data.json
     title: str | None = None,  # of the progress bar; None takes the run's name
     max_minutes: float | None = None,  # stop cleanly after so long
+    feature_path: str | Path | None = None,  # safetensors of the parent's `feature_net`; None downloads torchvision's
     device: str | None = None,  # None takes the best at hand
     quiet: bool = False,  # no bars
     **changes,  # other fields of `TrainConfig` that differ from the parent's
@@ -57,5 +58,5 @@ def finetune_freezed(
     origin = {"parent": str(source_run), "parent_step": parent["step"], **(about or {})}
     return train_gan(
         images, run_dir, config, evaluate=evaluate, heldout=heldout, parent=parent, about=origin,
-        title=title, max_minutes=max_minutes, device=device, quiet=quiet,
+        title=title, max_minutes=max_minutes, feature_path=feature_path, device=device, quiet=quiet,
     )  # fmt: skip

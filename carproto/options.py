@@ -88,6 +88,11 @@ class Curate:
     view_classifier: PathText | None = None  # a folder written by save_view_classifier; None classifies no view
     backbone: PathText | None = None  # its MobileNetV2 weights; None downloads torchvision's
     min_confidence: float | None = None  # least chance that the view is one of those that stay, 0 to 1; None is one half
+    align: bool = False  # segment the cars and reject those that cannot be aligned: training then opens aligned cars
+    aspect: float | None = None  # with --align: width by height of squashed photos, such as 1.4; None takes their own
+    mask_model: str | None = None  # with --align: u2netp, u2net, silueta, isnet-general-use, or another of rembg's; None is u2netp
+    mask_file: PathText | None = None  # with --align: the network's file; None looks for it, else downloads it
+    max_doubt: float | None = None  # with --align: score from which an outline is rejected, 0 to 1; None is the default of AlignConfig
     sheet: PathText | None = None  # where to save a contact sheet of what was rejected and why; None saves none
 
 # %% ../nbs/57_options.ipynb #714890eb
@@ -99,6 +104,7 @@ class Train:
     run: PathText = "runs/common"  # the run's folder; a run that is there goes on
     heldout: PathText | None = None  # photos never trained on; None holds out a tenth of the data
     fit: Fit = "squash"  # how a photo becomes square
+    feature_path: PathText | None = None  # safetensors of the network named by --feature_net; None downloads torchvision's
     extractor: PathText | None = None  # features of KID: toys, inception, or a MobileNetV2 file; None measures none
     extractor_size: int | None = None  # side at which a MobileNetV2 file sees images, pixels; None is 224
     max_minutes: float | None = None  # stop cleanly after so long; None never
@@ -120,6 +126,7 @@ class Finetune:
     run: PathText = "runs/futuristic"  # the new run's folder; a run that is there goes on
     heldout: PathText | None = None  # photos never trained on; None holds out a tenth of the data
     fit: Fit = "squash"  # how a photo becomes square
+    feature_path: PathText | None = None  # safetensors of the network named by --feature_net; None downloads torchvision's
     extractor: PathText | None = None  # features of KID: toys, inception, or a MobileNetV2 file; None measures none
     extractor_size: int | None = None  # side at which a MobileNetV2 file sees images, pixels; None is 224
     max_minutes: float | None = None  # stop cleanly after so long; None never

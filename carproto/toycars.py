@@ -8,6 +8,7 @@ __all__ = ['ToyCars']
 # %% ../nbs/13_toycars.ipynb #4a0b39b5
 import colorsys
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class ToyCars(torch.utils.data.Dataset):
         seed: int = 0,  # another seed, other cars
         futurism: tuple[float, float] = COMMON,  # range, such as `COMMON` or `FUTURISTIC`
         start: int = 0,  # index of the first car
+        align: Callable | None = None,  # an `Aligner`: cars stand in the frame of aligned photos; None leaves them in their studio
         progress: bool = False,  # show a bar
     ):
         check_size(size)
@@ -41,7 +43,10 @@ class ToyCars(torch.utils.data.Dataset):
             raise CarprotoError(f'a data set of {n} cars is empty: ask for at least 1')
         self.size, self.start = size, start
         self.factors = [sample_factors(seed, i, futurism) for i in range(start, start + n)]
-        drawn = [draw_car(f, size) for f in tqdm(self.factors, desc='drawing', disable=not progress)]
+        if align:
+            self.factors = [align.turn_toy(f) for f in self.factors]
+        draw = align.draw_toy if align else draw_car
+        drawn = [draw(f, size) for f in tqdm(self.factors, desc='drawing', disable=not progress)]
         self.images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2).contiguous()
         self.masks = torch.from_numpy(np.stack([mask for _, mask in drawn]))
         self.targets = torch.tensor([self._target(f) for f in self.factors], dtype=torch.float32)

@@ -230,6 +230,10 @@ def download_published(
 
 # %% ../nbs/02_weights.ipynb #78edb501
 RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
+    "mask_judge": {
+        "config.json": "4b3f8dcb3f9eba941c2cf59ea9614ad1597fd8944b6801c5dd98cb31ec148cd2",
+        "model.safetensors": "a1908915dc448aa7ccf41af50f8bae6a3c916a044b352f4964e69d1d83b5ce0f",
+    },
     "real64/common": {
         "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",
         "model.safetensors": "52b1d865bbf49434e9068490a857417ce1e7379acd0fef4bf58ac89c6b845e47",

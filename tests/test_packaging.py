@@ -62,7 +62,7 @@ def test_modules_need_only_what_a_user_installs():
     """`import carproto.anything` works without the extras: what they bring is imported inside the function that needs it."""
     names = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}
     at_hand = {names.get(name, name) for name in (Requirement(text).name for text in SETTINGS["requirements"].split())}
-    at_hand |= {"IPython", "scipy"}  # ipywidgets and torch-fidelity need them
+    at_hand |= {"IPython"}  # ipywidgets needs it
     for module in (ROOT / "carproto").rglob("*.py"):
         for node in ast.parse(module.read_text(encoding="utf-8")).body:
             roots = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

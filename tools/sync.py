@@ -18,7 +18,7 @@ SECTIONS = {  # title in the docs' sidebar: numbers of its notebooks; the first 
     "The ground": range(0, 3),
     "Drawing toy cars": (3, 4, 5, 13),
     "Collecting photos": range(6, 12),
-    "Looking at photos": range(12, 20),
+    "Looking at photos": (*range(12, 20), 25, 26, 27),
     "Networks": range(20, 30),
     "Training": range(30, 38),
     "Cars as codes": range(38, 40),
