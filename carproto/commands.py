@@ -134,7 +134,13 @@ def _training(options: Train | Finetune, size: int) -> tuple[torch.Tensor, dict]
     }
     if getattr(cars, "align", None):
         about["frame"] = frame_of(cars.align.config)
-    given = {"heldout": unseen.images, "about": about, "feature_path": options.feature_path, "max_minutes": options.max_minutes, "device": options.device}
+    given = {
+        "heldout": unseen.images,
+        "about": about,
+        "feature_path": options.feature_path,
+        "max_minutes": options.max_minutes,
+        "device": options.device,
+    }
     return cars.images, {"evaluate": evaluator and evaluator.evaluate, **given}
 
 

@@ -25,7 +25,8 @@ import torch
 from bench_peers import D_STEPS, MATRIX, PEERS, Absent, Peer, Work
 from tqdm import tqdm
 
-from carproto.core import CarprotoError, check_size, describe_environment, pick_device, pick_precision, save_json
+from carproto.config import check_size
+from carproto.core import CarprotoError, describe_environment, pick_device, pick_precision, save_json
 
 COMPILED = "ours compiled"
 LEGEND = """
