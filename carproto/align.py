@@ -38,7 +38,7 @@ class AlignConfig:
     aspect: float | None = None  # width by height of the photo when it was taken, 0.5 to 3; None means that it was not squashed
     mask_model: str = "u2netp"  # network that finds the car, see `load_segmenter`
     alpha: tuple[float, float] = (0.3, 0.9)  # values of the mask that become transparent and opaque
-    judge: str | None = "mask_judge"  # weights that judge outlines, a folder or the name of a release; None leaves the judgement out
+    evaluator: str | None = "mask_judge"  # weights that judge outlines, a folder or the name of a release; None leaves the judgement out
     max_doubt: float = 0.24  # of the judge, about the chance that a part is missing or that something else hangs on the car
     min_area: float = 0.03  # of the car, share of the picture
     max_area: float = 0.92  # of the car, share of the picture
@@ -78,14 +78,14 @@ def frame_of(
 
 def config_of(
     frame: dict,  # from `frame_of`, or all choices of an `AlignConfig`
-    **choices,  # that replace those of the frame or the defaults
+    **config,  # that replace those of the frame or the defaults
 ) -> AlignConfig:  # for pictures that shall stand in that frame
     "Make the choices for a frame; raise `CarprotoError` for names that are unknown."
     known = {field.name for field in fields(AlignConfig)}
-    unknown = sorted((set(frame) | set(choices)) - known)
+    unknown = sorted((set(frame) | set(config)) - known)
     if unknown:
         raise CarprotoError(f"a frame has no {', '.join(unknown)}: it was made by another version of carproto")
-    return AlignConfig(**{**frame, **choices})
+    return AlignConfig(**{**frame, **config})
 
 # %% ../nbs/25_align.ipynb #03d391a5
 _SIDE = 128  # pixels along the longer side at which masks are measured
@@ -176,9 +176,9 @@ class MaskJudge:
         w = self.state
         parts = [part.reshape(12, 2, 20, 2).mean((1, 3)).ravel() for part in (outline, 4 * outline * (1 - outline))]
         x = np.concatenate([parts[0], 0.7 * parts[1]]) - w["mu"]
-        found = w["v"] @ x
-        rest = (math.sqrt(((x - found @ w["v"]) ** 2).sum()) - w["rm"]) / w["rs"]
-        x = np.concatenate([found / w["sd"], rest, np.clip((numbers - w["nm"]) / w["ns"], -3, 3) * 0.7])
+        results = w["v"] @ x
+        rest = (math.sqrt(((x - results @ w["v"]) ** 2).sum()) - w["rm"]) / w["rs"]
+        x = np.concatenate([results / w["sd"], rest, np.clip((numbers - w["nm"]) / w["ns"], -3, 3) * 0.7])
         x = 2 * np.tanh(x / 2)
         first, second = np.triu_indices(len(x))
         return float((np.concatenate([x, x[first] * x[second]]) - w["qm"]) @ w["w"] + w["b"][0])
@@ -235,9 +235,9 @@ def check_mask(
         (not config.shape[0] <= n["shape"] <= config.shape[1], f"odd outline ({n['shape']:.2f} times as wide as high)"),
     )
     reason = next((reason for is_broken, reason in rules if is_broken), None)
-    if reason or not config.judge:
+    if reason or not config.evaluator:
         return reason
-    doubt = load_mask_judge(config.judge)(mask, n, stretch=stretch, mirrored=mirrored)
+    doubt = load_mask_judge(config.evaluator)(mask, n, stretch=stretch, mirrored=mirrored)
     return f"odd outline (doubt {doubt:.2f})" if doubt > config.max_doubt else None
 
 # %% ../nbs/25_align.ipynb #b9381cba

@@ -66,24 +66,24 @@ def _check_mode(mode: str) -> None:
 
 # %% ../nbs/40_blend.ipynb #126d63af
 def mix_latents(
-    codes: torch.Tensor,  # (K, z_dim), one row for each car
+    latents: torch.Tensor,  # (K, z_dim), one row for each car
     weights: Sequence[float] | torch.Tensor,  # (K,), each 0 or more, with the sum 1
     mode: str = "norm",  # one of `MODES`
 ) -> torch.Tensor:  # (z_dim,); exactly a car's code when its weight is 1
     "Mix several cars; raise `CarprotoError` for weights that are no shares."
     _check_mode(mode)
-    weights = torch.as_tensor(weights, dtype=codes.dtype, device=codes.device)
-    if codes.ndim != 2 or weights.shape != codes.shape[:1]:
-        raise CarprotoError(f"weights {tuple(weights.shape)} for codes {tuple(codes.shape)}: give one weight for each row of codes")
+    weights = torch.as_tensor(weights, dtype=latents.dtype, device=latents.device)
+    if latents.ndim != 2 or weights.shape != latents.shape[:1]:
+        raise CarprotoError(f"weights {tuple(weights.shape)} for codes {tuple(latents.shape)}: give one weight for each row of codes")
     if not bool((weights >= 0).all()) or abs(weights.sum().item() - 1) > 1e-4:
         raise CarprotoError(f"weights {[round(w, 4) for w in weights.tolist()]} are no shares: each must be 0 or more, and the sum 1")
     if bool((weights == 1).any()):
-        return codes[weights.argmax()]
-    if len(codes) == 2:
-        return blend_latents(codes[0], codes[1], weights[1], mode)
-    line, norms = weights @ codes, codes.norm(dim=1)
+        return latents[weights.argmax()]
+    if len(latents) == 2:
+        return blend_latents(latents[0], latents[1], weights[1], mode)
+    line, norms = weights @ latents, latents.norm(dim=1)
     if mode == "slerp":
-        line = _spherical_mean(codes / norms[:, None], weights)
+        line = _spherical_mean(latents / norms[:, None], weights)
     return line if mode == "lerp" else line * (weights @ norms / line.norm().clamp_min(1e-12))
 
 
@@ -134,7 +134,7 @@ def blend_generators(
     return G.eval().requires_grad_(False)
 
 # %% ../nbs/40_blend.ipynb #f5b8d48b
-_N_STRUCTURE = 2  # resolutions that make the structure: 4 and 8 px
+_N_COARSE = 2  # resolutions that make the structure: 4 and 8 px
 
 
 @torch.no_grad()
@@ -145,40 +145,40 @@ def blend_frames(
     z_b: torch.Tensor,  # (z_dim,), the code at intensity 1
     intensities: Sequence[float] | torch.Tensor,  # n numbers in [0, 1]
     *,
-    code: bool | Sequence[float] = True,  # whether the code moves; n numbers are its own intensities
+    latent: bool | Sequence[float] = True,  # whether the code moves; n numbers are its own intensities
     generator: bool | Sequence[float] | torch.Tensor = True,  # whether the generator moves; n numbers, or n pairs, are its own intensities
     levels: Sequence[float] | None = None,  # share of the generator's intensity for each resolution: 4, 8, ... size; None means 1
-    gains: Sequence[torch.Tensor | None] = (None, None),  # (n_gains,) of either car, as `invert` finds them, that fade into each other; None is 1
+    channel_gains: Sequence[torch.Tensor | None] = (None, None),  # (n_channel_gains,) of either car, as `invert` finds them, that fade into each other; None is 1
     mode: str = "norm",  # the path between the codes, one of `MODES`
     extrapolate: bool = False,  # allow intensities outside [0, 1]
 ) -> torch.Tensor:  # float (n, 3, size, size) in [-1, 1]
     "Draw the images along a path from one car to another."
     both = check_intensities(intensities, extrapolate=extrapolate)
-    w_code, w_generator = (
-        both * float(w) if isinstance(w, bool) else check_intensities(w, extrapolate=extrapolate) for w in (code, generator)
+    w_latent, w_generator = (
+        both * float(w) if isinstance(w, bool) else check_intensities(w, extrapolate=extrapolate) for w in (latent, generator)
     )
     columns = (*torch.as_tensor(generator).shape, 1, 1)[1]
     w_generator = w_generator.reshape(-1, columns)
-    if not len(both) == len(w_code) == len(w_generator) or columns > 2:
-        counts = f"{len(both)} intensities, {len(w_code)} of the code, {len(w_generator)} times {columns} of the generator"
+    if not len(both) == len(w_latent) == len(w_generator) or columns > 2:
+        counts = f"{len(both)} intensities, {len(w_latent)} of the code, {len(w_generator)} times {columns} of the generator"
         raise CarprotoError(f"{counts}: give as many of each, the generator's as numbers or pairs")
     shares = check_intensities([1.0] * (len(common.blocks) + 1) if levels is None else levels, extrapolate=extrapolate).tolist()
     device = next(common.parameters()).device
-    codes = blend_latents(*(z.to(device).reshape(1, -1).expand(len(both), -1) for z in (z_a, z_b)), w_code.to(device), mode)
-    reads = (codes,) if gains[0] is gains[1] is None else (codes, _fade_gains(common, gains, w_code.to(device)))
+    latents = blend_latents(*(z.to(device).reshape(1, -1).expand(len(both), -1) for z in (z_a, z_b)), w_latent.to(device), mode)
+    inputs = (latents,) if channel_gains[0] is channel_gains[1] is None else (latents, _blend_channel_gains(common, channel_gains, w_latent.to(device)))
     # functional_call swaps weights in place, and a panel may draw from two threads: a copy of the layers that shares the tensors
-    own = copy.deepcopy(common, {id(tensor): tensor for tensor in (*common.parameters(), *common.buffers())})
+    own_part = copy.deepcopy(common, {id(tensor): tensor for tensor in (*common.parameters(), *common.buffers())})
     frames = torch.empty(len(both), 3, common.size, common.size, device=device)
     for row in w_generator.unique(dim=0):
-        chosen, w = (w_generator == row).all(1).to(device), [row[0 if level < _N_STRUCTURE else -1].item() for level in range(len(shares))]
+        chosen, w = (w_generator == row).all(1).to(device), [row[0 if level < _N_COARSE else -1].item() for level in range(len(shares))]
         state = blend_state(common, futuristic, [own_w * share for own_w, share in zip(w, shares)])
-        frames[chosen] = functional_call(own, state, tuple(value[chosen] for value in reads))
+        frames[chosen] = functional_call(own_part, state, tuple(value[chosen] for value in inputs))
     return frames
 
 # %% ../nbs/40_blend.ipynb #4d0eb02a
-def _fade_gains(G: Generator, gains: Sequence[torch.Tensor | None], w: torch.Tensor) -> torch.Tensor:
-    "Interpolate the gains of two cars, (n, n_gains)."
-    ends = [torch.ones(G.n_gains, device=w.device) if own is None else own.to(w.device) for own in gains]
-    if any(end.shape != (G.n_gains,) for end in ends):
-        raise CarprotoError(f"gains of {len(ends[0])} and {len(ends[1])} numbers are not of this generator, which takes {G.n_gains}")
+def _blend_channel_gains(G: Generator, channel_gains: Sequence[torch.Tensor | None], w: torch.Tensor) -> torch.Tensor:
+    "Interpolate the gains of two cars, (n, n_channel_gains)."
+    ends = [torch.ones(G.n_channel_gains, device=w.device) if own_part is None else own_part.to(w.device) for own_part in channel_gains]
+    if any(end.shape != (G.n_channel_gains,) for end in ends):
+        raise CarprotoError(f"gains of {len(ends[0])} and {len(ends[1])} numbers are not of this generator, which takes {G.n_channel_gains}")
     return torch.lerp(*ends, w[:, None])

@@ -47,7 +47,7 @@ def parse(
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as end:
-        if not end.code:
+        if not end.latent:
             raise
         raise CarprotoError(_shorten(printed.getvalue())) from None
 
@@ -106,7 +106,7 @@ def main(
         print(f"{name}: stopped; the same command goes on where it can", file=sys.stderr)
         return 130
     except SystemExit as end:  # after --help
-        return end.code or 0
+        return end.latent or 0
     return 0
 
 # %% ../nbs/60_cli.ipynb #784c4088

@@ -15,7 +15,7 @@ from shlex import quote
 import torch
 
 from .align import AlignConfig, frame_of
-from .compact import compact_run
+from .compact import subspace_run
 from .config import CarprotoError
 from .core import load_json, save_json
 from .crawl import crawl, export_url_list, write_data_card
@@ -45,21 +45,21 @@ def scrape(
     options: Scrape,  # what to collect
 ) -> None:
     "Collect photos politely, with their origin and licence."
-    folder, places = options.folder, _given(base_url=options.base_url, image_url=options.image_url)
+    folder, points = options.folder, _given(base_url=options.base_url, image_url=options.image_url)
     fetcher = Fetcher(
         cache_dir=Path(folder) / ".cache",
-        allow_private=set(places.values()),
+        allow_private=set(points.values()),
         **_given(delay=options.delay, contact=options.contact),
     )
     if options.source == "car-connection":
         chosen = _given(makes=options.makes, picture_size=options.picture_size, max_photos=options.max_photos)
-        records = CarConnection(fetcher, **chosen, **places)
+        records = CarConnection(fetcher, **chosen, **points)
     else:
         browser = options.browser == "playwright" or options.browser or False
         records = search_images(
             options.query, source=options.engine, fetcher=fetcher, base_url=options.base_url, page=options.page, browser=browser
         )
-    if options.contact is None and not places:
+    if options.contact is None and not points:
         print("note: give the sites a way to reach you, with --contact")
     if not options.list_only:
         print(crawl(records, folder, fetcher, limit=options.limit))
@@ -180,8 +180,8 @@ def compact(
     options: Compact,  # which run, and how many numbers to keep
 ) -> None:
     "Reduce a run's latent space."
-    config = compact_run(options.source, options.run, options.z_dim, like=options.like).config()
-    note = load_json(Path(options.run) / "data.json")["compacted"][-1]
+    config = subspace_run(options.source, options.run, options.z_dim, like=options.like).config()
+    note = load_json(Path(options.run) / "data.json")["subspace"][-1]
     share = f", the same as {note['like']}" if options.like else f", with {note['share']:.1%} of what shows"
     print(
         f"{options.run} has a latent of {config['z_dim']} numbers instead of {note['from']}{share}; some hundred steps let it settle: "

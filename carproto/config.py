@@ -188,8 +188,8 @@ class InvertConfig:
     prior_weight: float = 0.02  # of the squared relative error of the latent's norm
     norm_slack: float | None = None  # how far the norm may lie from sqrt(z_dim), as a share; None anywhere
     restarts: int = 1  # starts for each image, of which the best is kept; the first is the encoder's
-    use_gains: bool = False  # also refine a factor for each channel of each block of the generator
-    gain_weight: float = 10.0  # pull of the channel gains towards 1, for their mean squared distance from it
+    use_channel_gains: bool = False  # also refine a factor for each channel of each block of the generator
+    channel_gain_weight: float = 10.0  # pull of the channel gains towards 1, for their mean squared distance from it
     patience: int | None = None  # stop when no image of a batch improved by 0.1 % for so many steps; None never
     batch: int = 32  # images refined together
     precision: Precision = "auto"  # number format; auto takes what the hardware computes fastest
@@ -198,7 +198,7 @@ class InvertConfig:
     def __post_init__(self):
         check_seed(self.seed)
         _check_precision(self.precision)
-        _check(self, "steps pixel_weight prior_weight gain_weight")
+        _check(self, "steps pixel_weight prior_weight channel_gain_weight")
         _check(self, "restarts batch patience", 1)
         _check(self, "lr", above=True)
         _check(self, "norm_slack", 0, 1)
@@ -211,7 +211,7 @@ class DemoPlan:
     size: int = 32  # side of the images, pixels
     width: int = 32  # channels of the generator at full size
     z_dim: int = 64  # numbers in a latent code while the common cars are learned
-    z_kept: int = 8  # numbers that are kept afterwards, those that show
+    z_subspace: int = 8  # numbers that are kept afterwards, those that show
     n_common: int = 4096  # common cars to learn from
     n_futuristic: int = 1024  # futuristic cars to learn from
     n_heldout: int = 512  # cars of either kind that are never trained on
@@ -228,6 +228,6 @@ class DemoPlan:
     def __post_init__(self):
         check_size(self.size)
         check_seed(self.seed)
-        _check(self, "width z_dim z_kept n_common n_futuristic gan_steps finetune_steps encoder_steps n_pairs", 1)
+        _check(self, "width z_dim z_subspace n_common n_futuristic gan_steps finetune_steps encoder_steps n_pairs", 1)
         _check(self, "invert_steps")
         _check(self, "gan_minutes finetune_minutes encoder_minutes", above=True)

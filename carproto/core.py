@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURE_FORMATS', 'FITS', 'find_nonfinite', 'is_out_of_memory', 'regular_file', 'read_file', 'decoded_picture',
            'open_picture', 'fit_square', 'to_tensor', 'to_bytes', 'to_picture', 'pick_device', 'pick_precision',
-           'seeded', 'draw_latents', 'atomic_path', 'save_json', 'load_json', 'remove_leftovers', 'folder_aside',
+           'seeded', 'sample_latents', 'atomic_path', 'save_json', 'load_json', 'remove_leftovers', 'folder_aside',
            'lock_folder', 'open_append', 'refuse_link', 'cache_folder', 'describe_environment', 'RunFolder', 'progress',
            'escape_markdown']
 
@@ -53,8 +53,8 @@ def find_nonfinite(
         is_good = np.isfinite(value)
     else:
         parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-        found = (find_nonfinite(part, f"{name}.{key}" if name else str(key)) for key, part in parts)
-        return next((path for path in found if path is not None), None)
+        results = (find_nonfinite(part, f"{name}.{key}" if name else str(key)) for key, part in parts)
+        return next((path for path in results if path is not None), None)
     return None if is_good else name
 
 
@@ -73,18 +73,18 @@ def regular_file(
     folder: str | Path | None = None,  # the name must lie inside it; None allows any place
 ) -> Path:  # where it lies
     "Find a regular file; raise `CarprotoError` for devices, pipes, folders, and names that lead out of `folder`."
-    place = Path(path) if folder is None else Path(folder) / path
+    position = Path(path) if folder is None else Path(folder) / path
     if folder is not None and (Path(path).is_absolute() or ".." in Path(path).parts):
         raise CarprotoError(f"{path} leads out of its folder: only files inside are read")
     try:
-        is_regular = stat.S_ISREG(place.stat().st_mode)
+        is_regular = stat.S_ISREG(position.stat().st_mode)
     except FileNotFoundError:
-        raise CarprotoError(f"{place.name}: there is no such file at {place}") from None
+        raise CarprotoError(f"{position.name}: there is no such file at {position}") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise CarprotoError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     if not is_regular:
         raise CarprotoError(f"{path} is no regular file")
-    return place
+    return position
 
 
 def read_file(
@@ -93,9 +93,9 @@ def read_file(
     folder: str | Path | None = None,  # the name must lie inside it; None allows any place
 ) -> bytes:  # its content
     "Read a regular file of limited length; raise `CarprotoError` for any other."
-    place = regular_file(path, folder)
+    position = regular_file(path, folder)
     try:
-        with open(place, "rb") as file:
+        with open(position, "rb") as file:
             content = file.read(max_bytes + 1)
     except OSError as error:
         raise CarprotoError(f"{path} cannot be read ({error.strerror or error})") from error
@@ -332,7 +332,7 @@ def seeded(
     return torch.Generator(device=device).manual_seed(seed)
 
 
-def draw_latents(
+def sample_latents(
     n: int,  # how many codes
     z_dim: int,  # numbers in a code
     seed: int = 0,  # the same seed gives the same codes
@@ -626,17 +626,17 @@ def stats(
 
 
 @patch
-def cut_stats(
+def truncate_stats(
     self: RunFolder,
     step: int,  # the last one to keep
 ) -> None:
     "Drop the lines after `step`, so that a resumed run does not report a step twice."
     path = self.path / "stats.jsonl"
     refuse_link(path)
-    kept = "".join(json.dumps(row) + "\n" for row in self.stats() if row.get("step", 0) <= step)
-    if path.exists() and path.read_text(encoding="utf-8") != kept:
+    selected = "".join(json.dumps(row) + "\n" for row in self.stats() if row.get("step", 0) <= step)
+    if path.exists() and path.read_text(encoding="utf-8") != selected:
         with atomic_path(path) as temporary:
-            temporary.write_text(kept, encoding="utf-8")
+            temporary.write_text(selected, encoding="utf-8")
 
 # %% ../nbs/00_core.ipynb #a004783b
 def progress(
@@ -663,4 +663,4 @@ def escape_markdown(
     visible = "".join(" " if unicodedata.category(letter)[0] in "CZ" else letter for letter in letters)
     line = " ".join(visible.split())
     line = line if len(line) <= max_length else line[:max_length] + "…"
-    return _SIGNS.sub(lambda found: "".join(f"&#{ord(letter)};" for letter in found[0]), line)
+    return _SIGNS.sub(lambda results: "".join(f"&#{ord(letter)};" for letter in results[0]), line)

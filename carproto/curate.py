@@ -22,11 +22,11 @@ from PIL import Image
 
 from .core import CarprotoError, atomic_path, decoded_picture, fit_square, lock_folder, progress, read_file, save_json, to_tensor
 from .dataset import PictureStore, find_picture, list_folder, list_manifests, spell_names
-from .duplicates import hash_pictures, near_duplicates, shrink_pictures
+from .duplicates import hash_pictures, make_thumbnails, near_duplicates
 from .labelling import read_labels
-from .manifest import format_line, list_reasons, read_lines, write_lines
+from .manifest import format_line, list_reasons, read_json_lines, write_lines
 from .masks import ALIGN_FILE, Aligner
-from .quality import judge_quality
+from .quality import assess_quality
 from .views import KEPT_VIEWS, VIEWS
 from .viz import image_grid
 
@@ -55,23 +55,23 @@ class _PictureSet:
         "Name the nearest metadata.jsonl above a picture."
         return next(file for file in reversed(self.manifests) if name.startswith(file.removesuffix("metadata.jsonl")))
 
-    def look(self, i: int, quality: dict, wants_square: bool) -> Image.Image | None:
+    def inspect(self, i: int, quality: dict, wants_square: bool) -> Image.Image | None:
         "Note what picture `i` is like; return it as a square when wanted and readable."
         try:
             with decoded_picture(self.store.read(self.names[i]), at_least=_ENOUGH_PIXELS) as (picture, size):
-                self.reasons[i], self.areas[i] = judge_quality(picture, size=size, **quality), size[0] * size[1]
-                self.hashes[i], self.thumbnails[i] = hash_pictures([picture])[0], shrink_pictures([picture])[0]
+                self.reasons[i], self.areas[i] = assess_quality(picture, size=size, **quality), size[0] * size[1]
+                self.hashes[i], self.thumbnails[i] = hash_pictures([picture])[0], make_thumbnails([picture])[0]
                 return fit_square(picture, 128, "letterbox") if wants_square else None
         except CarprotoError as error:
             self.reasons[i] = [f"unreadable ({str(error).removeprefix('the picture: ').split(' (cannot identify')[0]})"]
             return None
 
-    def look_at_all(self, quality: dict, classify_view: Callable | None, quiet: bool) -> None:
+    def inspect_all(self, quality: dict, classify_view: Callable | None, quiet: bool) -> None:
         "Look at every picture, and guess the views when there is a classifier."
         pool, n = ThreadPoolExecutor(min(8, (os.cpu_count() or 1) + 1)), len(self.names)
 
         def begin(start: int) -> list:
-            return [pool.submit(self.look, i, quality, classify_view is not None) for i in range(start, min(start + _BLOCK, n))]
+            return [pool.submit(self.inspect, i, quality, classify_view is not None) for i in range(start, min(start + _BLOCK, n))]
 
         try:
             with progress(n, f"judge {self.path.name}", unit="photo", quiet=quiet) as bar:
@@ -88,7 +88,7 @@ class _PictureSet:
 # %% ../nbs/27_curate.ipynb #c2cb3357
 def _read_rows(path: Path) -> tuple[list[dict], list[str]]:
     "Read the lines of a metadata.jsonl, the broken ones apart; a last line may lack its end."
-    rows, broken = read_lines(path)
+    rows, broken = read_json_lines(path)
     if broken and not broken[-1].endswith("\n"):
         try:
             rows.append(dict(json.loads(broken[-1])))
@@ -139,9 +139,9 @@ class _Known:
             file, farther = self.one.home(name), self.farther.get(name, {})
             new = {key: value for key, value in row.items() if key not in farther or farther[key] != value}
             by_file[file].append({"file_name": _name_in(file, name)} | {key: value for key, value in new.items() if key != "file_name"})
-        for file, own in by_file.items():
-            if own or self.others[file] or self.broken[file]:
-                _write_rows(self.one.path / file, own + self.others[file], self.broken[file])
+        for file, own_part in by_file.items():
+            if own_part or self.others[file] or self.broken[file]:
+                _write_rows(self.one.path / file, own_part + self.others[file], self.broken[file])
 
 
 def _name_in(file: str, name: str) -> str:
@@ -160,7 +160,7 @@ def curate(
     classify_view: Callable | None = None,  # images (N, 3, 128, 128) to chances (N, 8), see `train_view_classifier`; None guesses no view
     views: Sequence[str] = KEPT_VIEWS,  # views that stay
     min_confidence: float = 0.5,  # least chance that the view is one of `views`, 0 to 1, see `choose_confidence`
-    quality: dict | None = None,  # options of `judge_quality`
+    quality: dict | None = None,  # options of `assess_quality`
     against: str | Path | Sequence[str | Path] = (),  # other sets, folders or zips, that must share no picture with this one
     theirs_stay: bool = False,  # whether the other sets' pictures stay even where ours are larger
     align: Aligner | None = None,  # also compute masks, and reject the pictures that cannot be aligned; None leaves photos as they are
@@ -177,16 +177,16 @@ def curate(
         for one in (ours, *theirs):
             for file in [] if one.is_fixed else one.manifests:
                 locks.enter_context(lock_folder((one.path / file).parent))
-        ours.look_at_all(quality or {}, classify_view, quiet)
+        ours.inspect_all(quality or {}, classify_view, quiet)
         for other in theirs:
-            other.look_at_all({}, None, quiet)
+            other.inspect_all({}, None, quiet)
         known = {one: _Known(one) for one in (*theirs, ours)}
         rows = {other: _read_verdicts(other, ours, known[other].rows) for other in theirs}
-        rows[ours] = _fresh_verdicts(ours, known[ours].rows, keeps_views=align is not None and classify_view is None)
-        _judge_views(ours, rows[ours], views, min_confidence)
+        rows[ours] = _new_verdicts(ours, known[ours].rows, keeps_views=align is not None and classify_view is None)
+        _reject_views(ours, rows[ours], views, min_confidence)
         if align:
             _judge_masks(ours, rows[ours], align, quiet)
-        _judge_copies(ours, rows)
+        _reject_copies(ours, rows)
         if align:
             save_json(asdict(align.config), ours.path / ALIGN_FILE)
         for one in rows:
@@ -201,15 +201,15 @@ def _open_sets(folder: str | Path, against: str | Path | Sequence[str | Path]) -
         raise CarprotoError(f"{folder} is a file: unpack it into a folder and curate that, since verdicts are written beside the pictures")
     ours, *theirs = (_PictureSet(Path(path)) for path in [folder, *([against] if isinstance(against, (str, Path)) else against)])
     if len(ours.manifests) > 1 and not (ours.path / "metadata.jsonl").exists():
-        places = [str((ours.path / file).parent) for file in ours.manifests[1:]]
-        hint = "that folder" if len(places) == 1 else "each of them, against the others"
-        raise CarprotoError(f"the metadata.jsonl lies in {', '.join(places[:4])}: curate {hint}")
+        points = [str((ours.path / file).parent) for file in ours.manifests[1:]]
+        hint = "that folder" if len(points) == 1 else "each of them, against the others"
+        raise CarprotoError(f"the metadata.jsonl lies in {', '.join(points[:4])}: curate {hint}")
     if any(os.path.samefile(ours.path, other.path) for other in theirs):
         raise CarprotoError(f"{folder} cannot be judged against itself: name another set")
     return ours, theirs
 
 # %% ../nbs/27_curate.ipynb #a4665b61
-def _fresh_verdicts(ours: _PictureSet, known: dict[str, dict], keeps_views: bool) -> list[dict]:
+def _new_verdicts(ours: _PictureSet, known: dict[str, dict], keeps_views: bool) -> list[dict]:
     "Make one row for each picture, without old verdicts; guessed views stay if wanted."
     guesses = ("view_guess", "view_confidence") if keeps_views else ()
     known = {name: _without_verdict(row) | {key: row[key] for key in guesses if key in row} for name, row in known.items()}
@@ -234,7 +234,7 @@ def _name_from(here: _PictureSet, there: _PictureSet, name: str) -> str:
     return name if here is there else (Path(os.path.relpath(there.path, here.path)) / name).as_posix() + ("" if name else "/")
 
 # %% ../nbs/27_curate.ipynb #a0b51692
-def _judge_views(ours: _PictureSet, rows: list[dict], views: Sequence[str], min_confidence: float) -> None:
+def _reject_views(ours: _PictureSet, rows: list[dict], views: Sequence[str], min_confidence: float) -> None:
     "Add the guessed views, and reject the unwanted ones; a person's label wins."
     wanted = [VIEWS.index(view) for view in views]
     for i, row in enumerate(rows):
@@ -264,18 +264,18 @@ def _judge_masks(ours: _PictureSet, rows: list[dict], align: Aligner, quiet: boo
                 bar.update()
 
 
-def _judge_copies(ours: _PictureSet, rows: dict[_PictureSet, list[dict]]) -> None:
+def _reject_copies(ours: _PictureSet, rows: dict[_PictureSet, list[dict]]) -> None:
     "Reject all of a cluster of copies but the best: one that cannot be rejected, else the largest good one."
-    places = [(one, i) for one in rows for i in np.flatnonzero(one.areas)]
-    looks = [np.concatenate([getattr(one, name)[one.areas > 0] for one in rows]) for name in ("hashes", "thumbnails")]
+    points = [(one, i) for one in rows for i in np.flatnonzero(one.areas)]
+    thumbnails = [np.concatenate([getattr(one, name)[one.areas > 0] for one in rows]) for name in ("hashes", "thumbnails")]
 
-    def rank(place: tuple) -> tuple:
-        one, i = place
+    def rank(position: tuple) -> tuple:
+        one, i = position
         is_good = rows[one][i].get("keep") is not False
         return not is_good, not (one is not ours and one.is_fixed), -one.areas[i], one is not ours, one.names[i]
 
-    for cluster in near_duplicates(*looks):
-        (best, k), *copies = sorted((places[j] for j in cluster), key=rank)
+    for cluster in near_duplicates(*thumbnails):
+        (best, k), *copies = sorted((points[j] for j in cluster), key=rank)
         for one, i in copies:
             if one is ours or (best is ours and not one.is_fixed):  # copies within another set are its own affair
                 row = rows[one][i]

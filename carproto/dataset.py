@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HELDOUT_START', 'PictureStore', 'list_folder', 'list_manifests', 'find_picture', 'spell_names', 'read_metadata',
-           'read_pictures', 'read_cached', 'split_cars', 'CarImages', 'open_cars', 'is_toys', 'shared_pictures',
+           'load_pictures', 'load_cached', 'split_cars', 'CarImages', 'open_cars', 'is_toys', 'shared_pictures',
            'hash_images', 'open_both', 'open_unseen']
 
 # %% ../nbs/14_dataset.ipynb #b43af877
@@ -30,7 +30,7 @@ from fastcore.basics import patch
 from .config import check_size
 from .core import FITS, CarprotoError, atomic_path, cache_folder, decoded_picture, fit_square, read_file, to_tensor
 from .core import progress as progress_bar
-from .duplicates import hash_pictures, near_duplicates, shrink_pictures
+from .duplicates import hash_pictures, make_thumbnails, near_duplicates
 from .manifest import list_reasons, parse_lines
 from .toycars import COMMON, FUTURISTIC, ToyCars
 
@@ -109,10 +109,10 @@ def list_folder(
     place_of_root = Path(os.path.realpath(root))
     while inside or linked:
         folder, prefix = inside.pop() if inside else linked.pop(0)
-        place = os.path.realpath(folder)
-        if place in seen or (prefix and place_of_root.is_relative_to(place)):
+        position = os.path.realpath(folder)
+        if position in seen or (prefix and place_of_root.is_relative_to(position)):
             continue  # listed already, or a link to a folder above
-        seen.add(place)
+        seen.add(position)
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
@@ -175,8 +175,8 @@ def list_manifests(
     files: Iterable[str],  # names in a store or folder
 ) -> list[str]:  # those of them that are manifests, those nearest to the root first
     "List all metadata.jsonl of a data set."
-    found = [name for name in files if PurePosixPath(name).name == "metadata.jsonl"]
-    return sorted(found, key=lambda name: (name.count("/"), name))
+    results = [name for name in files if PurePosixPath(name).name == "metadata.jsonl"]
+    return sorted(results, key=lambda name: (name.count("/"), name))
 
 
 def find_picture(
@@ -226,7 +226,7 @@ def read_metadata(
 _ENOUGH_PIXELS = 1024  # a side from which nothing here gains by more
 
 
-def read_pictures(
+def load_pictures(
     store: PictureStore,  # where the pictures are
     size: int,  # side in pixels
     fit: str,  # one of `FITS`
@@ -250,7 +250,7 @@ def read_pictures(
                 else:
                     square = fit_square(picture, size, fit)
                 images[i] = np.asarray(square).transpose(2, 0, 1)
-                return hashlib.sha256(data).hexdigest()[:16], (hash_pictures([picture])[0], shrink_pictures([picture])[0])
+                return hashlib.sha256(data).hexdigest()[:16], (hash_pictures([picture])[0], make_thumbnails([picture])[0])
         except CarprotoError as error:
             return str(error).removeprefix("the picture: ").split(" (cannot identify")[0], None
 
@@ -262,7 +262,7 @@ def read_pictures(
                 bar.update()
     finally:
         pool.shutdown(cancel_futures=True)
-    good = [i for i, (_, looks) in enumerate(results) if looks]
+    good = [i for i, (_, small) in enumerate(results) if small]
     hashes = np.array([results[i][1][0] for i in good], dtype=np.uint64).reshape(-1, 2)
     thumbnails = np.array([results[i][1][1] for i in good], dtype=np.uint8)
     return {
@@ -270,14 +270,14 @@ def read_pictures(
         "names": [store.names[i] for i in good],
         "digests": [results[i][0] for i in good],
         "clusters": near_duplicates(hashes, thumbnails),
-        "skipped": [[name, reason] for name, (reason, looks) in zip(store.names, results) if not looks],
+        "skipped": [[name, reason] for name, (reason, small) in zip(store.names, results) if not small],
     }
 
 # %% ../nbs/14_dataset.ipynb #6c9d8d6e
 _CACHE_VERSION = 2  # raised when the content of the cache changes its meaning
 
 
-def read_cached(
+def load_cached(
     store: PictureStore,  # where the pictures are
     size: int,  # side in pixels
     fit: str,  # one of `FITS`
@@ -285,12 +285,12 @@ def read_cached(
     align: Callable | None = None,  # an `Aligner`, which takes the place of `fit`
     rows: dict[str, dict] | None = None,  # metadata by name, for the views
     quiet: bool = False,  # no bar
-) -> dict:  # as from `read_pictures`
+) -> dict:  # as from `load_pictures`
     "Read the pictures from the cache, or decode them and fill it."
     way = "align" if align else fit
     spelled = f"{store.path.resolve()}|{size}|{way}{align.key if align else ''}".encode("utf-8", "surrogatepass")
-    place = hashlib.sha256(spelled).hexdigest()[:16]
-    file = cache_folder() / f"{store.path.stem}-{size}-{way}-{place}.npz"
+    position = hashlib.sha256(spelled).hexdigest()[:16]
+    file = cache_folder() / f"{store.path.stem}-{size}-{way}-{position}.npz"
     known = [[(rows or {}).get(n, {}).get(field) for field in ("view", "view_guess", "keep")] for n in store.names] if align else []
     key = hashlib.sha256(json.dumps([_CACHE_VERSION, [[n, *store.stamp(n)] for n in store.names], *known]).encode()).hexdigest()
     try:
@@ -300,7 +300,7 @@ def read_cached(
                 return {"images": saved["images"], **notes}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass
-    content = read_pictures(store, size, fit, align=align, rows=rows, quiet=quiet)
+    content = load_pictures(store, size, fit, align=align, rows=rows, quiet=quiet)
     notes = {"key": key, **{name: content[name] for name in ("names", "digests", "clusters", "skipped")}}
     try:
         with atomic_path(file) as temporary, open(temporary, "wb") as handle:
@@ -361,8 +361,8 @@ class CarImages:
         rows = read_metadata(store)
         if align:
             align.prepare(store, [name for name in store.names if rows.get(name, {}).get("keep") is not False], quiet=not progress)
-        content = (read_cached if cache else read_pictures)(store, size, fit, align=align, rows=rows, quiet=not progress)
-        names, self.skipped = content["names"], [tuple(pair) for pair in content["skipped"]]
+        content = (load_cached if cache else load_pictures)(store, size, fit, align=align, rows=rows, quiet=not progress)
+        names, self.skipped = content["names"], [tuple(toy_sets) for toy_sets in content["skipped"]]
         known = [{**rows.get(name, {}), "file_name": name} for name in names]
         chosen = np.array([row.get("keep") is not False for row in known], dtype=bool)
         self.skipped += [(r["file_name"], "curated: " + ", ".join(list_reasons(r))) for r, keep in zip(known, chosen) if not keep]
@@ -400,8 +400,8 @@ def _report(self: CarImages, n_absent: int, n_chosen: int, n_files: int, n_cars:
         _say(f"{n_absent} lines of metadata.jsonl in {self.path.name} name files that are not there")
     if self.skipped:
         reasons = Counter(reason.split(" (")[0].split(":")[0] for _, reason in self.skipped)
-        told = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
-        _say(f"{len(self.skipped)} of {n_files} pictures in {self.path.name} left out ({told}); .skipped lists them")
+        text = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
+        _say(f"{len(self.skipped)} of {n_files} pictures in {self.path.name} left out ({text}); .skipped lists them")
     if not n_chosen and len(self.skipped) == n_files:
         raise CarprotoError(f"{self.path}: none of {n_files} pictures is usable, the first says: {self.skipped[0][1]}")
     if not n_chosen:
@@ -443,11 +443,11 @@ def shared_pictures(
     b: CarImages | ToyCars,  # another set; pixels are compared where both have one size and fit
 ) -> list[tuple[int, int]]:  # places in both of each picture of `a` that `b` has too
     "Find the pictures that two sets share, by the hashes of their files and pixels."
-    found = {}
+    results = {}
     for contents in (_pixel_hashes, lambda cars: getattr(cars, "digests", [])):
-        places = {content: k for k, content in reversed(list(enumerate(contents(b))))}
-        found |= {i: places[content] for i, content in enumerate(contents(a)) if content in places}
-    return sorted(found.items())
+        points = {content: k for k, content in reversed(list(enumerate(contents(b))))}
+        results |= {i: points[content] for i, content in enumerate(contents(a)) if content in points}
+    return sorted(results.items())
 
 
 def _pixel_hashes(cars: CarImages | ToyCars) -> list[str]:

@@ -21,12 +21,12 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps
 
 from .align import DEFAULT_ALIGN, AlignConfig, align_car, check_mask, config_of, measure_mask, needs_mirror
-from .carpaint import draw_car
+from .carpaint import render_car
 from .carshape import CarFactors
 from .core import PICTURE_FORMATS, CarprotoError, atomic_path, cache_folder, load_json, open_picture
 from .core import progress as progress_bar
 from .dataset import PictureStore
-from .guard import require
+from .guard import import_extra
 
 # %% ../nbs/26_masks.ipynb #a7060df2
 _RELEASES = "https://github.com/danielgatis/rembg/releases/download/v0.0.0"
@@ -45,12 +45,12 @@ def find_network(
 ) -> Path:  # its file
     "Find a network's file in rembg's folders or ours, or download it once and check it."
     file, home = f"{name}.onnx", Path.home()
-    places = [Path(os.environ["U2NET_HOME"]) / file] if os.environ.get("U2NET_HOME") else []
-    places += [home / ".u2net" / file, home / ".rembg" / "models" / name / file, cache_folder() / "networks" / file]
-    for place in places:
-        if place.is_file():
-            return place
-    with atomic_path(places[-1]) as temporary:
+    points = [Path(os.environ["U2NET_HOME"]) / file] if os.environ.get("U2NET_HOME") else []
+    points += [home / ".u2net" / file, home / ".rembg" / "models" / name / file, cache_folder() / "networks" / file]
+    for position in points:
+        if position.is_file():
+            return position
+    with atomic_path(points[-1]) as temporary:
         try:
             torch.hub.download_url_to_file(f"{source}/{file}", str(temporary), progress=False)
         except OSError as error:
@@ -58,7 +58,7 @@ def find_network(
             raise CarprotoError(message) from error
         if hashlib.md5(temporary.read_bytes(), usedforsecurity=False).hexdigest() != _NETWORKS[name][0]:
             raise CarprotoError(f"{source}/{file} came damaged: try again, or give the path of {file}")
-    return places[-1]
+    return points[-1]
 
 # %% ../nbs/26_masks.ipynb #0b9ce20e
 _LONGEST = 1024  # pixels of a mask's longer side; the network sees fewer
@@ -94,13 +94,13 @@ def load_segmenter(
     "Load a segmentation network; raise `CarprotoError` when its file or its library is missing, damaged or unknown."
     if name not in _NETWORKS:
         return _rembg_segmenter(name)
-    runtime = require("onnxruntime", "align")
+    runtime = import_extra("onnxruntime", "align")
     if path is not None and not Path(path).is_file():
         raise CarprotoError(f"{path} does not exist: give the file of {name}, or none to download it")
-    file, choices = Path(path or find_network(name)), runtime.SessionOptions()
-    choices.intra_op_num_threads, choices.inter_op_num_threads, choices.log_severity_level = threads or torch.get_num_threads(), 1, 3
+    file, config = Path(path or find_network(name)), runtime.SessionOptions()
+    config.intra_op_num_threads, config.inter_op_num_threads, config.log_severity_level = threads or torch.get_num_threads(), 1, 3
     try:
-        session = runtime.InferenceSession(str(file), choices, providers=runtime.get_available_providers())
+        session = runtime.InferenceSession(str(file), config, providers=runtime.get_available_providers())
     except Exception as error:  # onnxruntime's errors have no common class of their own
         raise CarprotoError(f"{file} does not hold the whole network {name} ({str(error).strip()[:80]}): copy or download it again") from error
     return Segmenter(session, *_NETWORKS[name][1:])
@@ -126,8 +126,8 @@ def mask_folder(
     "Return the folder of the masks of a data set."
     path = Path(path).expanduser()
     beside = path.with_suffix(".masks") if path.is_file() else path / ".masks"
-    place = beside if beside.is_dir() or os.access(path.parent if path.is_file() else path, os.W_OK) else cache_folder() / "masks"
-    return place / model
+    position = beside if beside.is_dir() or os.access(path.parent if path.is_file() else path, os.W_OK) else cache_folder() / "masks"
+    return position / model
 
 
 def mask_name(
@@ -198,9 +198,9 @@ class Aligner:
         alpha = own_alpha(data)
         if alpha is not None:
             return alpha
-        places = [self.masks] if self.masks else []
-        places.append(mask_folder(store.path, self.config.mask_model))
-        return next((mask for place in places if (mask := _read_mask(place / mask_name(data)))), None)
+        points = [self.masks] if self.masks else []
+        points.append(mask_folder(store.path, self.config.mask_model))
+        return next((mask for position in points if (mask := _read_mask(position / mask_name(data)))), None)
 
 # %% ../nbs/26_masks.ipynb #7bd8c61c
 @patch
@@ -313,11 +313,11 @@ def draw_toy(
     size: int,  # side in pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # image (size, size, 3) uint8, and mask (size, size) bool, True on the car
     "Render a toy car in the frame of aligned photos."
-    picture, mask = draw_car(factors, min(256, 2 * size))
+    picture, mask = render_car(factors, min(256, 2 * size))
     outline = Image.fromarray(mask.astype(np.uint8) * 255)
     image = align_car(Image.fromarray(picture), outline, self.config, size)
-    place = align_car(outline.convert("RGB"), outline, replace(self.config, background=(0, 0, 0)), size)
-    return np.asarray(image), np.asarray(place)[..., 0] > 127
+    position = align_car(outline.convert("RGB"), outline, replace(self.config, background=(0, 0, 0)), size)
+    return np.asarray(image), np.asarray(position)[..., 0] > 127
 
 # %% ../nbs/26_masks.ipynb #3b9f0889
 ALIGN_FILE = "align.json"  # beside metadata.jsonl: the choices with which a data set was aligned

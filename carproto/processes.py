@@ -87,21 +87,21 @@ _ADVICE = "put `torchrun --nproc_per_node N` in front of the command, or start i
 
 def _count_processes() -> int:
     "Read how many processes a launcher started; raise `CarprotoError` when they could not meet."
-    told = {name: os.environ.get(name, "") for name in (*_ADDRESS, *_MPI_SIZES)}
-    if not told["WORLD_SIZE"]:
-        if any(told[name] not in ("", "1") for name in _MPI_SIZES):
+    text = {name: os.environ.get(name, "") for name in (*_ADDRESS, *_MPI_SIZES)}
+    if not text["WORLD_SIZE"]:
+        if any(text[name] not in ("", "1") for name in _MPI_SIZES):
             raise CarprotoError(f"MPI started several processes, which carproto cannot join: {_ADVICE}")
-        if "ACCELERATE_MIXED_PRECISION" in os.environ and told["MASTER_ADDR"]:  # which it sets for more than one only
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and text["MASTER_ADDR"]:  # which it sets for more than one only
             raise CarprotoError(f"accelerate launch was asked for several processes and started one, as it does on CPUs: {_ADVICE}")
         return 1
-    if told["WORLD_SIZE"] == "1":
+    if text["WORLD_SIZE"] == "1":
         return 1
-    missing = [name for name in _ADDRESS if not (told[name] if name == "MASTER_ADDR" else told[name].isdecimal())]
+    missing = [name for name in _ADDRESS if not (text[name] if name == "MASTER_ADDR" else text[name].isdecimal())]
     if missing:
-        raise CarprotoError(f"WORLD_SIZE is {told['WORLD_SIZE']!r} and {', '.join(missing)} no launcher's: {_ADVICE}")
-    if not int(told["RANK"]) < int(told["WORLD_SIZE"]):
-        raise CarprotoError(f"RANK {told['RANK']} is not below WORLD_SIZE {told['WORLD_SIZE']}: {_ADVICE}")
-    return int(told["WORLD_SIZE"])
+        raise CarprotoError(f"WORLD_SIZE is {text['WORLD_SIZE']!r} and {', '.join(missing)} no launcher's: {_ADVICE}")
+    if not int(text["RANK"]) < int(text["WORLD_SIZE"]):
+        raise CarprotoError(f"RANK {text['RANK']} is not below WORLD_SIZE {text['WORLD_SIZE']}: {_ADVICE}")
+    return int(text["WORLD_SIZE"])
 
 
 def _join(device: torch.device) -> object:

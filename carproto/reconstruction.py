@@ -25,8 +25,8 @@ def retrieval(
         raise CarprotoError(f"retrieval needs features of as many inversions as originals, 5 or more; got {shapes}")
     mean = originals.mean(0)
     similarity = F.normalize(inverted - mean, dim=1) @ F.normalize(originals - mean, dim=1).T
-    own = similarity.diagonal()[:, None]
-    rank = (similarity > own).sum(1) + ((similarity == own).sum(1) - 1)
+    own_part = similarity.diagonal()[:, None]
+    rank = (similarity > own_part).sum(1) + ((similarity == own_part).sum(1) - 1)
     n = len(originals)
     return {"n": n, "top1": (rank < 1).double().mean().item(), "top5": (rank < 5).double().mean().item(), "chance": 1 / n}
 

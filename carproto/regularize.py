@@ -84,9 +84,9 @@ class LeCam:
     def __init__(
         self,
         decay: float = 0.99,  # of the running means, per discriminator step
-        average: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,  # of a batch mean over several processes
+        reduce_mean: Callable[[torch.Tensor], torch.Tensor] = lambda value: value,  # of a batch mean over several processes
     ):
-        self.decay, self.average = decay, average
+        self.decay, self.reduce_mean = decay, reduce_mean
         self.mean_real, self.mean_fake = torch.zeros(()), torch.zeros(())
 
     def __call__(
@@ -95,7 +95,7 @@ class LeCam:
         fake: torch.Tensor,  # logits of drawings, (M,)
     ) -> torch.Tensor:  # scalar: mean relu(real - mean_fake)^2 + mean relu(mean_real - fake)^2
         "Update the running means, then return the penalty, not yet weighted."
-        mean_real, mean_fake = self.average(torch.stack([real.detach().mean(), fake.detach().mean()]))
+        mean_real, mean_fake = self.reduce_mean(torch.stack([real.detach().mean(), fake.detach().mean()]))
         self.mean_real = torch.lerp(mean_real, self.mean_real.to(real.device), self.decay)
         self.mean_fake = torch.lerp(mean_fake, self.mean_fake.to(fake.device), self.decay)
         return F.relu(real - self.mean_fake).square().mean() + F.relu(self.mean_real - fake).square().mean()

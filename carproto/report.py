@@ -142,10 +142,10 @@ def _curve(name: str, values: Sequence[float | None], number: int) -> str:
         for i, v in enumerate(values)
     ]
     line = " ".join(f"{x},{y}" for x, y in filter(None, spots))
-    told = f"{name}: {known[0]:.2f} at the first frame, {known[-1]:.2f} at the last" if known else f"{name}: not measured"
+    text = f"{name}: {known[0]:.2f} at the first frame, {known[-1]:.2f} at the last" if known else f"{name}: not measured"
     return (
         f'<div class="measure"><p><span>{escape(name)}</span> <b data-measure="{number}"></b></p>'
-        f'<svg viewBox="0 0 312 100" role="img" aria-label="{escape(told)}"><path class="axis" d="M0 90.5H300M0 10.5H300"/>'
+        f'<svg viewBox="0 0 312 100" role="img" aria-label="{escape(text)}"><path class="axis" d="M0 90.5H300M0 10.5H300"/>'
         f'<text x="305" y="14">{high:.3g}</text><text x="305" y="94">{low:.3g}</text>'
         f'<polyline points="{line}"/><circle r="5" cx="0" cy="0" data-spots="{escape(json.dumps(spots, allow_nan=False))}"/></svg></div>'
     )
@@ -162,10 +162,10 @@ def _slider(slider: Slider, number: int, quality: int, side: int) -> str:
     shown = {round(i * (n - 1) / min(n - 1, 8)) for i in range(min(n - 1, 8) + 1)}
     thumbs = "".join(f'<img src="{a}" alt="" data-frame="{i}"{"" if i in shown else " hidden"}>' for i, a in enumerate(addresses))
     curves = "".join(_curve(name, values, i) for i, (name, values) in enumerate(slider.measures.items()))
-    told = {"intensities": _finite(slider.intensities), "measures": {name: _finite(values) for name, values in slider.measures.items()}}
+    text = {"intensities": _finite(slider.intensities), "measures": {name: _finite(values) for name, values in slider.measures.items()}}
     first, last = (escape(end) for end in slider.ends)
     return (
-        f'<div class="slider" role="group" aria-labelledby="slider-{number}" data-slider="{escape(json.dumps(told, allow_nan=False))}">'
+        f'<div class="slider" role="group" aria-labelledby="slider-{number}" data-slider="{escape(json.dumps(text, allow_nan=False))}">'
         f'<div class="stage"><img src="{addresses[start]}" width="{size[0]}" height="{size[1]}" alt="{escape(slider.title)}"></div>'
         f'<div class="panel"><h3 id="slider-{number}">{escape(slider.title)}</h3>'
         f'<p class="readout"><b data-intensity></b><span>intensity</span></p><div class="measures">{curves}</div></div>'

@@ -39,7 +39,7 @@ class Generator(nn.Module):
         channels = [channels_at(side, size, width) for side in sides]
         self.linear = nn.Linear(z_dim, channels[0] * 16)
         self.blocks = nn.ModuleList(UpBlock(n_in, n_out) for n_in, n_out in zip(channels, channels[1:]))
-        self.channels, self.n_gains = channels[1:], sum(channels[1:])  # of the blocks, one after the other
+        self.channels, self.n_channel_gains = channels[1:], sum(channels[1:])  # of the blocks, one after the other
         self.norm = nn.BatchNorm2d(channels[-1], eps=1e-4)
         self.conv = nn.Conv2d(channels[-1], 3, 3, padding=1)
         init_orthogonal(self, seeded(seed))
@@ -47,11 +47,11 @@ class Generator(nn.Module):
     def forward(
         self,
         z: torch.Tensor,  # codes (N, z_dim)
-        gains: torch.Tensor | None = None,  # factors (N, n_gains) on the channels that each block gives, for inversion; None means 1
+        channel_gains: torch.Tensor | None = None,  # factors (N, n_channel_gains) on the channels that each block gives, for inversion; None means 1
     ) -> torch.Tensor:  # (N, 3, size, size)
         h = self.linear(z).view(len(z), -1, 4, 4)
         h = h.contiguous(memory_format=torch.channels_last)
-        factors = [None] * len(self.blocks) if gains is None else gains.split(self.channels, dim=1)
+        factors = [None] * len(self.blocks) if channel_gains is None else channel_gains.split(self.channels, dim=1)
         for block, factor in zip(self.blocks, factors):
             h = block(h) if factor is None else block(h) * factor[:, :, None, None]
         return torch.tanh(self.conv(F.relu(self.norm(h))).float())

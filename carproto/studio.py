@@ -25,21 +25,21 @@ from fastcore.basics import patch
 from PIL import Image
 from traitlets import CFloat
 
-from .album import CarAlbum
-from .core import CarprotoError, atomic_path, draw_latents, fit_square, open_picture, save_json, to_tensor
+from .album import PhotoBrowser
+from .core import CarprotoError, atomic_path, fit_square, open_picture, sample_latents, save_json, to_tensor
 from .dial import calibrate
 from .encoder import LatentEncoder
-from .frames import FramePath, draw_curves, measure_kept, spread
-from .invert import Inversion, InvertConfig, doubtful, invert
-from .journey import Journey, read_journey
+from .frames import FrameCache, evenly_spaced, measure_similarity, svg_curves
+from .invert import Inversion, InvertConfig, find_outliers, invert
+from .journey import BlendRecipe, load_recipe
 from .losses import PerceptualDistance
-from .pairs import PAIRS, CarPair, load_pair, pairs_at_hand
+from .pairs import RELEASED_PIPELINES, CarPipeline, load_pipeline, local_pipelines
 from .report import Section, Slider, write_report
 from .viz import as_pictures, encode_picture, image_strip, save_picture
 
 # %% ../nbs/50_studio.ipynb #b61084d5
-_WAYS = {"norm": "keep the norm", "slerp": "along the sphere", "lerp": "straight line"}
-_SHEET = 12  # cars in the row of cars to choose from
+_MODE_LABELS = {"norm": "keep the norm", "slerp": "along the sphere", "lerp": "straight line"}
+_N_SHEET = 12  # cars in the row of cars to choose from
 _LABEL = {"description_width": "110px"}
 
 
@@ -58,7 +58,7 @@ class StudioPanel(widgets.VBox):
     "The widgets of the studio and their places."
 
     def __init__(self):
-        self.pair_list = widgets.Dropdown(description="Pair", **_wide())
+        self.pipeline_list = widgets.Dropdown(description="Pair", **_wide())
         self.car_a = widgets.Dropdown(description="Car of today", **_wide())
         self.car_b = widgets.Dropdown(description="Car of tomorrow", **_wide())
         self.thumb_a, self.thumb_b = (widgets.Image(format="png", layout=widgets.Layout(width="62px", height="62px")) for _ in "ab")
@@ -70,13 +70,13 @@ class StudioPanel(widgets.VBox):
         self.equal = widgets.Checkbox(value=True, description="Equal steps of futurism", **_wide())
         self.follow = widgets.Checkbox(value=True, description="The generator follows the intensity", **_wide())
         self.generator = widgets.FloatSlider(min=0, max=1, step=0.05, description="Generator", readout_format=".2f", **_wide())
-        self.mode = widgets.Dropdown(options=[(text, mode) for mode, text in _WAYS.items()], description="Way between", **_wide())
+        self.mode = widgets.Dropdown(options=[(text, mode) for mode, text in _MODE_LABELS.items()], description="Way between", **_wide())
         self.picture = widgets.Image(format="png", layout=widgets.Layout(width="384px", max_width="100%", object_fit="contain"))
         self.strip = widgets.Image(format="jpeg", layout=widgets.Layout(width="100%", margin="8px 0 0 0"))
         self.curves = widgets.HTML(layout=widgets.Layout(width="100%", margin="4px 0 0 0", min_height="116px"))
         self.sheet = widgets.Image(format="jpeg", layout=widgets.Layout(width="100%", margin="8px 0 0 0"))
         self.sheet_names = widgets.HTML(layout=widgets.Layout(width="100%", margin="0 0 4px 0"))
-        self.album = CarAlbum()
+        self.photo_browser = PhotoBrowser()
         self.bar = widgets.IntProgress(description="Drawing", max=100, **_wide())
         self.message = widgets.HTML(layout=widgets.Layout(width="auto", margin="2px 0 0 8px"))
         self.file_name = widgets.Text(value="blend", description="Save as", style=_LABEL, layout=widgets.Layout(width="270px"))
@@ -101,12 +101,12 @@ def _rows(self: StudioPanel) -> list[widgets.Widget]:
     lists = widgets.VBox([self.car_a, self.car_b], layout=widgets.Layout(flex="1 1 200px"))
     cars = widgets.HBox([lists, self.thumb_a, self.thumb_b])
     new = widgets.HBox([self.seed, self.random], layout=row)
-    own = widgets.HBox([self.photo, self.upload], layout=widgets.Layout(flex_flow="row wrap", width="auto", padding="0 0 0 118px"))
-    ways = [self.intensity, self.equal, self.follow, self.generator, self.mode]
-    controls = [self.pair_list, *ways, cars, new, own, self.bar, self.message]
+    own_part = widgets.HBox([self.photo, self.upload], layout=widgets.Layout(flex_flow="row wrap", width="auto", padding="0 0 0 118px"))
+    paths = [self.intensity, self.equal, self.follow, self.generator, self.mode]
+    controls = [self.pipeline_list, *paths, cars, new, own_part, self.bar, self.message]
     top = widgets.HBox([self.picture, widgets.VBox(controls, layout=column)], layout=widgets.Layout(flex_flow="row wrap"))
     saving = widgets.HBox([self.file_name, *self.save.values()], layout=row)
-    return [top, widgets.VBox([self.strip, self.curves, self.sheet, self.sheet_names, self.album]), saving]
+    return [top, widgets.VBox([self.strip, self.curves, self.sheet, self.sheet_names, self.photo_browser]), saving]
 
 # %% ../nbs/50_studio.ipynb #ba7b7a05
 class IntensityStudio(StudioPanel):
@@ -125,7 +125,7 @@ class IntensityStudio(StudioPanel):
         futurism: Callable[[torch.Tensor], Sequence[float]] | None = None,  # images -> n numbers; a curve, and equal steps of the slider
         perceptual: PerceptualDistance | None = None,  # the eyes for likeness; None compares pixels
         has_outlines: bool = True,  # whether cars stand before a calm background, so that outlines can be compared
-        usual: float = 0.35,  # error that a picture of a car stays below when it is drawn again, in units of [-1, 1]
+        error_p99: float = 0.35,  # error that a picture of a car stays below when it is drawn again, in units of [-1, 1]
         note: str = "",  # a line to show at the start
         measures: Mapping[str, Callable[[torch.Tensor], Sequence[float]]] | None = None,  # further curves, name: images -> n numbers
         refinement: InvertConfig | None = None,  # how an uploaded picture is read; None takes 100 steps, with gains
@@ -135,15 +135,15 @@ class IntensityStudio(StudioPanel):
     ):
         if n_frames < 3:
             raise CarprotoError(f"{n_frames} frames are no path: take 3 or more")
-        pair = CarPair(common, futuristic, z, names, encoder, futurism, perceptual, has_outlines, usual, note)
+        pipeline = CarPipeline(common, futuristic, z, names, encoder, futurism, perceptual, has_outlines, error_p99, note)
         self.n_frames, self.folder, self.measures = n_frames, Path(folder), dict(measures or {})
-        self.refinement = refinement or InvertConfig(steps=100, use_gains=True)
-        self.measured, self._loaders, self._quiet, self._is_reading, self._told, self._listed = {}, {}, False, False, None, None
+        self.refinement = refinement or InvertConfig(steps=100, use_channel_gains=True)
+        self.measured, self._loaders, self._quiet, self._is_inverting, self._metadata, self._listed = {}, {}, False, False, None, None
         super().__init__()
-        self.pair_list.layout.display = "none"
+        self.pipeline_list.layout.display = "none"
         self._connect()
-        self._guarded(self._take, pair)
-        self._guarded(self.album.offer, photos, keep=True)
+        self._guarded(self._set_pipeline, pipeline)
+        self._guarded(self.photo_browser.show_folder, photos, keep=True)
 
     def __repr__(self) -> str:
         return f"IntensityStudio({self.car_a.label} to {self.car_b.label}, intensity {self.intensity.value:.3f})"
@@ -155,14 +155,14 @@ def _connect(self: IntensityStudio) -> None:
     self.intensity.observe(lambda change: self._guarded(self._show), "value")
     for control in (self.car_a, self.car_b, self.mode, self.generator, self.equal):
         control.observe(lambda change: self._guarded(self._new_path), "value")
-    self.follow.observe(lambda change: self._guarded(self._set_free), "value")
-    self.pair_list.observe(lambda change: self._guarded(self._change_pair, change["old"]), "value")
-    self.random.on_click(lambda button: self._guarded(self.draw_cars, self.seed.value))
+    self.follow.observe(lambda change: self._guarded(self._toggle_follow), "value")
+    self.pipeline_list.observe(lambda change: self._guarded(self._switch_pipeline, change["old"]), "value")
+    self.random.on_click(lambda button: self._guarded(self.sample_cars, self.seed.value))
     for control, use in ((self.upload, self._load_upload), (self.photo, self.add_picture)):
         control.observe(lambda change, use=use: self._guarded(self._uploaded, change["new"], use, change["owner"]), "value")
     for kind, button in self.save.items():
         button.on_click(lambda button, kind=kind: self._guarded(self._save_as, kind))
-    self.album.guard, self.album.pick = self._guarded, lambda content, name, day: self.add_picture(content, name, day=day)
+    self.photo_browser.run_action, self.photo_browser.pick = self._guarded, lambda content, name, side: self.add_picture(content, name, side=side)
 
 
 @patch
@@ -173,15 +173,15 @@ def _guarded(self: IntensityStudio, action: Callable, *values, keep: bool = Fals
             return
         try:
             if not keep:
-                self.say("")
+                self.show_message("")
             action(*values)
         except Exception as error:
-            told = str(error) if isinstance(error, CarprotoError) else f"{type(error).__name__}: {error}"
-            self.say(told, tone="error")
+            text = str(error) if isinstance(error, CarprotoError) else f"{type(error).__name__}: {error}"
+            self.show_message(text, tone="error")
 
 
 @patch
-def say(self: IntensityStudio, text: str, *, tone: str = "status") -> None:
+def show_message(self: IntensityStudio, text: str, *, tone: str = "status") -> None:
     'Show a line below the controls, as "status", "warning" or "error".'
     colour = {"warning": "var(--jp-warn-color1, #b35900)", "error": "var(--jp-error-color1, #c62828)"}.get(tone, "inherit")
     role = "status" if tone == "status" else "alert"
@@ -191,7 +191,7 @@ def say(self: IntensityStudio, text: str, *, tone: str = "status") -> None:
 # %% ../nbs/50_studio.ipynb #57cd7989
 @patch
 @contextmanager
-def _quietly(self: IntensityStudio):
+def _without_events(self: IntensityStudio):
     "Change controls without what they would set off."
     before, self._quiet = self._quiet, True
     try:
@@ -204,53 +204,53 @@ def _quietly(self: IntensityStudio):
 def _list_cars(self: IntensityStudio, a: int, b: int) -> None:
     "Offer all known cars in both lists and choose two."
     for control, chosen in ((self.car_a, a), (self.car_b, b)):
-        control.options = [(name, i) for i, (name, _) in enumerate(self.pair.cars)]
+        control.options = [(name, i) for i, (name, _) in enumerate(self.pipeline.cars)]
         control.value = chosen
 
 
 @patch
-def _take(self: IntensityStudio, pair: CarPair) -> None:
+def _set_pipeline(self: IntensityStudio, pipeline: CarPipeline) -> None:
     "Show another pair of generators."
-    self.pair = pair
-    with self._quietly():
-        self._list_cars(0, min(1, len(pair.cars) - 1))
-        self.equal.value, self.intensity.value = pair.futurism is not None, 0.0
-    self.equal.layout.display = None if pair.futurism else "none"
+    self.pipeline = pipeline
+    with self._without_events():
+        self._list_cars(0, min(1, len(pipeline.cars) - 1))
+        self.equal.value, self.intensity.value = pipeline.futurism is not None, 0.0
+    self.equal.layout.display = None if pipeline.futurism else "none"
     self._new_path()
-    self.say(pair.note)
+    self.show_message(pipeline.note)
 
 # %% ../nbs/50_studio.ipynb #6a1aa9ae
 @patch
-def _plan(self: IntensityStudio, raw: Sequence[float] | None = None) -> Journey:
+def _make_recipe(self: IntensityStudio, raw: Sequence[float] | None = None) -> BlendRecipe:
     "Describe the path that the controls ask for; `raw` are the intensities of its frames, None for even ones."
-    (name_a, z_a), (name_b, z_b) = (self.pair.cars[control.value] for control in (self.car_a, self.car_b))
+    (name_a, z_a), (name_b, z_b) = (self.pipeline.cars[control.value] for control in (self.car_a, self.car_b))
     labels = [i / (self.n_frames - 1) for i in range(self.n_frames)]
-    code = labels if raw is None else list(raw)
-    generator = code if self.follow.value else [self.generator.value] * len(code)
+    latent = labels if raw is None else list(raw)
+    generator = latent if self.follow.value else [self.generator.value] * len(latent)
     words = {"mode": self.mode.value, "car_a": name_a, "car_b": name_b}
-    for end, control in (("gains_a", self.car_a), ("gains_b", self.car_b)):
-        words[end] = self.pair.gains[control.value].tolist() if control.value in self.pair.gains else None
-    return Journey(z_a.tolist(), z_b.tolist(), code, generator, labels, **words, **dict(zip(("common", "futuristic"), self.pair.fingerprints)))
+    for end, control in (("channel_gains_a", self.car_a), ("channel_gains_b", self.car_b)):
+        words[end] = self.pipeline.channel_gains[control.value].tolist() if control.value in self.pipeline.channel_gains else None
+    return BlendRecipe(z_a.tolist(), z_b.tolist(), latent, generator, labels, **words, **dict(zip(("common", "futuristic"), self.pipeline.fingerprints)))
 
 
 @patch
-def _frames_of(self: IntensityStudio, journey: Journey) -> FramePath:
+def _make_frames(self: IntensityStudio, blend_recipe: BlendRecipe) -> FrameCache:
     "Make the path of a journey; nothing is drawn yet."
-    return FramePath(partial(journey.draw_frames, self.pair.common, self.pair.futuristic), len(journey.labels))
+    return FrameCache(partial(blend_recipe.generate_frames, self.pipeline.common, self.pipeline.futuristic), len(blend_recipe.labels))
 
 
 @patch
-def _new_path(self: IntensityStudio, journey: Journey | None = None) -> None:
+def _new_path(self: IntensityStudio, blend_recipe: BlendRecipe | None = None) -> None:
     "Start on a journey, None for what the controls describe: one frame now, the rest while the notebook has time."
     self.generator.layout.display = "none" if self.follow.value else None
-    is_dialled = journey is None and self.equal.value and self.pair.futurism is not None and self.n_frames >= 5
-    self.journey = journey or self._plan()
-    self.path, self.measured = self._frames_of(self.journey), {}
+    is_calibrated = blend_recipe is None and self.equal.value and self.pipeline.futurism is not None and self.n_frames >= 5
+    self.blend_recipe = blend_recipe or self._make_recipe()
+    self.path, self.measured = self._make_frames(self.blend_recipe), {}
     self._fit_slider()
     started = time.perf_counter()
     self._show()
     self._batch = max(1, min(8, int(0.06 / (time.perf_counter() - started + 1e-6))))
-    self._job = self._work(is_dialled)
+    self._job = self._work(is_calibrated)
     self._progress(0.0)
     try:
         asyncio.get_running_loop()
@@ -263,20 +263,20 @@ def _new_path(self: IntensityStudio, journey: Journey | None = None) -> None:
 @patch
 def _fit_slider(self: IntensityStudio) -> None:
     "Let the slider reach the frames of the path."
-    labels, slider = self.journey.labels, self.intensity
+    labels, slider = self.blend_recipe.labels, self.intensity
     step = round(max(min(b - a for a, b in zip(labels, labels[1:])), (labels[-1] - labels[0]) / 200), 9)
     if (slider.min, slider.max, slider.step) != (labels[0], labels[-1], step):
-        with self._quietly(), slider.hold_sync():
+        with self._without_events(), slider.hold_sync():
             slider.min, slider.max = min(slider.min, labels[0]), max(slider.max, labels[-1])
             slider.min, slider.max, slider.step = labels[0], labels[-1], step
 
 
 @patch
-def _set_free(self: IntensityStudio) -> None:
+def _toggle_follow(self: IntensityStudio) -> None:
     "Let the generator follow, or leave it where it is and give it a slider."
     if not self.follow.value:
-        with self._quietly():
-            self.generator.value = min(max(self.journey.generator_at(self.place()), 0.0), 1.0)
+        with self._without_events():
+            self.generator.value = min(max(self.blend_recipe.generator_at(self.frame_index()), 0.0), 1.0)
     self._new_path()
 
 # %% ../nbs/50_studio.ipynb #5a516b7e
@@ -302,66 +302,66 @@ def _step(self: IntensityStudio, job: Iterator) -> bool:
 
 
 @patch
-def _work(self: IntensityStudio, is_dialled: bool) -> Iterator[None]:
+def _work(self: IntensityStudio, is_calibrated: bool) -> Iterator[None]:
     "Draw and measure the path on view."
-    total = len(self.path) * (2 if is_dialled else 1)
+    total = len(self.path) * (2 if is_calibrated else 1)
     yield from self._fill(self.path, 0, total)
-    yield from self._draw_sheet()
+    yield from self._show_sheet()
     scores = {}
-    if is_dialled:
-        raw = yield from self._measure(self.path, self.pair.futurism)
-        journey = self._plan(self._dial(raw))
-        path = self._frames_of(journey)
+    if is_calibrated:
+        raw = yield from self._measure(self.path, self.pipeline.futurism)
+        blend_recipe = self._make_recipe(self._calibrate_path(raw))
+        path = self._make_frames(blend_recipe)
         yield from self._fill(path, len(self.path), total)
-        self.journey, self.path = journey, path
+        self.blend_recipe, self.path = blend_recipe, path
         self._show()
-        self._draw_strip()
-    wanted = {**({"futurism": self.pair.futurism} if self.pair.futurism else {}), **self.measures}
+        self._show_strip()
+    wanted = {**({"futurism": self.pipeline.futurism} if self.pipeline.futurism else {}), **self.measures}
     for name, measure in wanted.items():
         scores[name] = yield from self._measure(self.path, measure)
-    reference = self.pair.measure_reference()
+    reference = self.pipeline.measure_reference()
     yield
-    kept = measure_kept(self.path.fetch(), reference=reference, perceptual=self.pair.perceptual, has_outlines=self.pair.has_outlines)
-    self.measured = {**{k: scores[k] for k in scores if k == "futurism"}, **kept, **{k: v for k, v in scores.items() if k != "futurism"}}
-    self._tell()
+    selected = measure_similarity(self.path.fetch(), reference=reference, perceptual=self.pipeline.perceptual, has_outlines=self.pipeline.has_outlines)
+    self.measured = {**{k: scores[k] for k in scores if k == "futurism"}, **selected, **{k: v for k, v in scores.items() if k != "futurism"}}
+    self._show_curves()
     self._progress(None)
 
 # %% ../nbs/50_studio.ipynb #1ec29743
 @patch
-def _fill(self: IntensityStudio, path: FramePath, done: int, total: int) -> Iterator[None]:
+def _fill(self: IntensityStudio, path: FrameCache, done: int, total: int) -> Iterator[None]:
     "Draw all frames of a path, the strip as soon as it can be."
     has_strip = path is not self.path
     while path.queue:
         path.fetch(path.queue[: self._batch])
         self._progress((done + len(path.images)) / total)
-        if not has_strip and all(i in path.images for i in spread(len(path))):
+        if not has_strip and all(i in path.images for i in evenly_spaced(len(path))):
             has_strip = True
-            self._draw_strip()
+            self._show_strip()
         yield
     if not has_strip:
-        self._draw_strip()
+        self._show_strip()
 
 
 @patch
-def _measure(self: IntensityStudio, path: FramePath, measure: Callable) -> Iterator[None]:
+def _measure(self: IntensityStudio, path: FrameCache, measure: Callable) -> Iterator[None]:
     "Measure the frames of a path, some at a time."
-    found = []
+    results = []
     for i in range(0, len(path), 8):
-        found += [float(value) for value in measure(to_tensor(path.fetch(range(i, min(i + 8, len(path))))))]
+        results += [float(value) for value in measure(to_tensor(path.fetch(range(i, min(i + 8, len(path))))))]
         yield
-    return found
+    return results
 
 
 @patch
-def _dial(self: IntensityStudio, scores: Sequence[float]) -> list[float]:
+def _calibrate_path(self: IntensityStudio, scores: Sequence[float]) -> list[float]:
     "Return the intensities that make equal steps of futurism, from the scores of even ones."
     frames = self.path.fetch()
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as text:
         warnings.simplefilter("always")
-        dial = calibrate(lambda raw: frames, lambda images: torch.tensor(scores), n=len(frames), perceptual=self.pair.perceptual)
-    if told and not self.message.value:
-        self.say(str(told[0].message))
-    return dial(self.journey.labels).tolist()
+        calibration = calibrate(lambda raw: frames, lambda images: torch.tensor(scores), n=len(frames), perceptual=self.pipeline.perceptual)
+    if text and not self.message.value:
+        self.show_message(str(text[0].message))
+    return calibration(self.blend_recipe.labels).tolist()
 
 # %% ../nbs/50_studio.ipynb #6e22b713
 @patch
@@ -374,53 +374,53 @@ def finish(self: IntensityStudio) -> "IntensityStudio":
 
 # %% ../nbs/50_studio.ipynb #268f1018
 @patch
-def place(self: IntensityStudio) -> int:  # from 0
+def frame_index(self: IntensityStudio) -> int:  # from 0
     "Return the number of the frame that is nearest to the slider."
-    labels = self.journey.labels
+    labels = self.blend_recipe.labels
     return min(range(len(labels)), key=lambda i: abs(labels[i] - self.intensity.value))
 
 
 @patch
 def _show(self: IntensityStudio) -> None:
     "Put the frame under the slider on view."
-    self.picture.value = self.path.content(self.place())
-    self._told = token = object()
+    self.picture.value = self.path.content(self.frame_index())
+    self._metadata = token = object()
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        self._tell()
+        self._show_curves()
     else:
-        loop.call_later(0.02, lambda: self._guarded(self._tell, keep=True) if token is self._told else None)
+        loop.call_later(0.02, lambda: self._guarded(self._show_curves, keep=True) if token is self._metadata else None)
 
 
 @patch
-def _tell(self: IntensityStudio) -> None:
+def _show_curves(self: IntensityStudio) -> None:
     "Draw the curves and mark the frame on view."
-    i, n = self.place(), len(self.path)
-    self.curves.value = draw_curves(self.measured, n, i, intensity=self.journey.labels[i], n_strip=len(spread(n)))
+    i, n = self.frame_index(), len(self.path)
+    self.curves.value = svg_curves(self.measured, n, i, intensity=self.blend_recipe.labels[i], n_strip=len(evenly_spaced(n)))
 
 
 @patch
-def _draw_strip(self: IntensityStudio) -> None:
+def _show_strip(self: IntensityStudio) -> None:
     "Show the strip and both ends."
-    self.strip.value = encode_picture(image_strip(self.path.fetch(spread(len(self.path)))))
+    self.strip.value = encode_picture(image_strip(self.path.fetch(evenly_spaced(len(self.path)))))
     self.thumb_a.value, self.thumb_b.value = self.path.content(0), self.path.content(len(self.path) - 1)
 
 # %% ../nbs/50_studio.ipynb #15d2ee2c
 @patch
-def _draw_sheet(self: IntensityStudio) -> Iterator[None]:
+def _show_sheet(self: IntensityStudio) -> Iterator[None]:
     "Show the newest cars to choose from, a few at a time."
-    pair, n = self.pair, len(self.pair.cars)
-    if self._listed == (pair.fingerprints, n):
+    pipeline, n = self.pipeline, len(self.pipeline.cars)
+    if self._listed == (pipeline.fingerprints, n):
         return
-    numbers = range(max(0, n - _SHEET), n)
+    numbers = range(max(0, n - _N_SHEET), n)
     for i in numbers[:: self._batch]:
-        pair.look(range(i, min(i + self._batch, n)))
+        pipeline.generate_cars(range(i, min(i + self._batch, n)))
         yield
-    self.sheet.value, self._listed = encode_picture(image_strip(pair.look(numbers), scale=80 / pair.common.size)), (pair.fingerprints, n)
-    self.sheet.layout.width = f"{100 * len(numbers) / _SHEET:.2f}%"
-    style = f"flex: 0 0 {100 / _SHEET:.3f}%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: center"
-    names = [escape(pair.cars[i][0]) for i in numbers]
+    self.sheet.value, self._listed = encode_picture(image_strip(pipeline.generate_cars(numbers), scale=80 / pipeline.common.size)), (pipeline.fingerprints, n)
+    self.sheet.layout.width = f"{100 * len(numbers) / _N_SHEET:.2f}%"
+    style = f"flex: 0 0 {100 / _N_SHEET:.3f}%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: center"
+    names = [escape(pipeline.cars[i][0]) for i in numbers]
     cells = "".join(f'<span style="{style}" title="{name}">{name}</span>' for name in names)
     self.sheet_names.value = f'<div style="display: flex; font-size: 11px; line-height: 1.3">{cells}</div>'
 
@@ -428,16 +428,16 @@ def _draw_sheet(self: IntensityStudio) -> Iterator[None]:
 @patch
 def _progress(self: IntensityStudio, share: float | None, title: str = "Drawing") -> None:
     "Move the bar; None hides it. While a picture is read, the bar belongs to it."
-    if title == "Drawing" and self._is_reading:
+    if title == "Drawing" and self._is_inverting:
         return
     self.bar.layout.visibility = "hidden" if share is None else "visible"
     self.bar.description, self.bar.value = title, round(100 * (share or 0))
 
 # %% ../nbs/50_studio.ipynb #2fbe08b5
 @patch
-def recipe(self: IntensityStudio) -> Journey:  # what the panel shows now
+def recipe(self: IntensityStudio) -> BlendRecipe:  # what the panel shows now
     "Describe the blend on view."
-    return replace(self.journey, shown=self.place())
+    return replace(self.blend_recipe, shown=self.frame_index())
 
 
 @patch
@@ -448,12 +448,12 @@ def write(
     "Save what the panel shows, as the ending of the name says."
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
-    i, n = self.place(), len(self.path)
+    i, n = self.frame_index(), len(self.path)
     if kind == "png":
         return save_picture(as_pictures(self.path.fetch([i]))[0], path)
     if kind == "jpg":
-        labels = [f"{self.journey.labels[k]:.2f}" for k in spread(n)]
-        return save_picture(image_strip(self.path.fetch(spread(n)), labels, mark=i / (n - 1)), path)
+        labels = [f"{self.blend_recipe.labels[k]:.2f}" for k in evenly_spaced(n)]
+        return save_picture(image_strip(self.path.fetch(evenly_spaced(n)), labels, mark=i / (n - 1)), path)
     if kind == "json":
         self.finish()
         return save_json(self.recipe(), path)
@@ -477,13 +477,13 @@ def to_html(
 ) -> Path:  # the same path
     "Write a self-contained page with the slider and the curves of this path; it needs no Python."
     self.finish()
-    names, journey = (self.car_a.label, self.car_b.label), self.journey
-    stays = f"The generator stays at {journey.generator_at(0):.2f}, the code moves."
-    is_still = all(w == journey.generator[0] for w in journey.generator)
-    way = stays if is_still else "Code and generator move together." if journey.generator == journey.code else ""
-    even = " The steps are equal steps of futurism, as far as the picture does not jump." if journey.code != journey.labels else ""
-    slider = Slider(self.path.fetch(), journey.labels, self.measured, f"{names[0]} to {names[1]}", names, self.place())
-    return write_report(path, title, [Section("Slide", f"{way} Way between the codes: {_WAYS[journey.mode]}.{even}".strip(), [slider])])
+    names, blend_recipe = (self.car_a.label, self.car_b.label), self.blend_recipe
+    stays = f"The generator stays at {blend_recipe.generator_at(0):.2f}, the code moves."
+    is_still = all(w == blend_recipe.generator[0] for w in blend_recipe.generator)
+    way = stays if is_still else "Code and generator move together." if blend_recipe.generator == blend_recipe.latent else ""
+    even = " The steps are equal steps of futurism, as far as the picture does not jump." if blend_recipe.latent != blend_recipe.labels else ""
+    slider = Slider(self.path.fetch(), blend_recipe.labels, self.measured, f"{names[0]} to {names[1]}", names, self.frame_index())
+    return write_report(path, title, [Section("Slide", f"{way} Way between the codes: {_MODE_LABELS[blend_recipe.mode]}.{even}".strip(), [slider])])
 
 
 @patch
@@ -491,82 +491,82 @@ def _save_as(self: IntensityStudio, kind: str) -> None:
     "Save into the studio's folder under the name in the panel."
     name = re.sub(r"[^\w.-]+", "-", self.file_name.value).strip(".-") or "blend"
     path = self.write(self.folder / f"{name}.{kind}")
-    self.say(f"Saved {path} ({path.stat().st_size / 1000:.0f} kB)")
+    self.show_message(f"Saved {path} ({path.stat().st_size / 1000:.0f} kB)")
 
 # %% ../nbs/50_studio.ipynb #05cfda92
 @patch
 def load(
     self: IntensityStudio,
-    source: Journey | str | Path | bytes,  # a recipe, its file, or the content of its file
+    source: BlendRecipe | str | Path | bytes,  # a recipe, its file, or the content of its file
 ) -> None:
     "Show the blend of a recipe; raise `CarprotoError` for a broken one and leave the panel as it was."
-    journey = source if isinstance(source, Journey) else read_journey(source)
-    rising = dict(sorted({label: i for i, label in enumerate(journey.labels)}.items()))
+    blend_recipe = source if isinstance(source, BlendRecipe) else load_recipe(source)
+    rising = dict(sorted({label: i for i, label in enumerate(blend_recipe.labels)}.items()))
     if len(rising) < 2:
         raise CarprotoError("this recipe holds a single frame: a slider needs two or more")
-    label = journey.labels[journey.shown or 0]
-    code, generator = ([values[i] for i in rising.values()] for values in (journey.code, journey.generator))
-    journey = replace(journey, code=code, generator=generator, labels=list(rising), shown=None)
+    label = blend_recipe.labels[blend_recipe.shown or 0]
+    latent, generator = ([values[i] for i in rising.values()] for values in (blend_recipe.latent, blend_recipe.generator))
+    blend_recipe = replace(blend_recipe, latent=latent, generator=generator, labels=list(rising), shown=None)
     with self._lock:
-        pair = self._find_pair(journey)
-        journey.draw_frames(pair.common, pair.futuristic, [0])  # raises for what this pair cannot draw
-        with self._quietly():
-            if pair is not self.pair:
-                self.pair_list.value = next(name for name in self._loaders if self._loaders[name]() is pair)
-                self._take(pair)
-            names = [Path(name).stem or f"car of {day}" for name, day in ((journey.car_a, "today"), (journey.car_b, "tomorrow"))]
-            self._list_cars(pair.add(names[0], journey.code_a, journey.gains_a), pair.add(names[1], journey.code_b, journey.gains_b))
-            self.mode.value, self.follow.value = journey.mode, journey.generator == journey.code
-            self.generator.value = min(max(journey.generator_at(0), 0.0), 1.0)
-            self.equal.value = journey.code != journey.labels and pair.futurism is not None
-            self.journey = journey
+        pipeline = self._find_pipeline(blend_recipe)
+        blend_recipe.generate_frames(pipeline.common, pipeline.futuristic, [0])  # raises for what this pair cannot draw
+        with self._without_events():
+            if pipeline is not self.pipeline:
+                self.pipeline_list.value = next(name for name in self._loaders if self._loaders[name]() is pipeline)
+                self._set_pipeline(pipeline)
+            names = [Path(name).stem or f"car of {side}" for name, side in ((blend_recipe.car_a, "a"), (blend_recipe.car_b, "b"))]
+            self._list_cars(pipeline.add(names[0], blend_recipe.z_a, blend_recipe.channel_gains_a), pipeline.add(names[1], blend_recipe.z_b, blend_recipe.channel_gains_b))
+            self.mode.value, self.follow.value = blend_recipe.mode, blend_recipe.generator == blend_recipe.latent
+            self.generator.value = min(max(blend_recipe.generator_at(0), 0.0), 1.0)
+            self.equal.value = blend_recipe.latent != blend_recipe.labels and pipeline.futurism is not None
+            self.blend_recipe = blend_recipe
             self._fit_slider()
             self.intensity.value = label
-        self._new_path(journey)
-        if {journey.common, journey.futuristic} - {"", *pair.fingerprints}:
-            self.say("This recipe was made with other generators: the same codes draw other cars here.", tone="warning")
+        self._new_path(blend_recipe)
+        if {blend_recipe.common, blend_recipe.futuristic} - {"", *pipeline.fingerprints}:
+            self.show_message("This recipe was made with other generators: the same codes draw other cars here.", tone="warning")
 
 # %% ../nbs/50_studio.ipynb #549ffaf1
 @patch
-def _find_pair(self: IntensityStudio, journey: Journey) -> CarPair:
+def _find_pipeline(self: IntensityStudio, blend_recipe: BlendRecipe) -> CarPipeline:
     "Return the pair that a recipe was made with, if it is at hand, else the pair on view."
-    if journey.common in ("", self.pair.fingerprints[0]):
-        return self.pair
+    if blend_recipe.common in ("", self.pipeline.fingerprints[0]):
+        return self.pipeline
     pairs = (make() for make in self._loaders.values())
-    return next((pair for pair in pairs if journey.common == pair.fingerprints[0]), self.pair)
+    return next((pipeline for pipeline in pairs if blend_recipe.common == pipeline.fingerprints[0]), self.pipeline)
 
 
 @patch
 def add_car(
     self: IntensityStudio,
     name: str,  # what to call it
-    code: torch.Tensor | Sequence[float],  # (z_dim,)
-    gains: torch.Tensor | Sequence[float] | None = None,  # (n_gains,), see `invert`; None means 1
+    latent: torch.Tensor | Sequence[float],  # (z_dim,)
+    channel_gains: torch.Tensor | Sequence[float] | None = None,  # (n_channel_gains,), see `invert`; None means 1
     *,
-    day: str = "today",  # whose car it becomes: "today" or "tomorrow"
+    side: str = "a",  # whose car it becomes: "a" or "b"
 ) -> None:
     "Put a car into the lists and choose it."
-    code, gains = (None if values is None else [float(value) for value in values] for values in (code, gains))
-    z_dim = self.pair.common.z_dim
-    if len(code) != z_dim or (gains is not None and len(gains) != self.pair.common.n_gains):
-        raise CarprotoError(f"a code of {len(code)} numbers is no car of these generators: they read {z_dim}; gains fit no other generators either")
+    latent, channel_gains = (None if values is None else [float(value) for value in values] for values in (latent, channel_gains))
+    z_dim = self.pipeline.common.z_dim
+    if len(latent) != z_dim or (channel_gains is not None and len(channel_gains) != self.pipeline.common.n_channel_gains):
+        raise CarprotoError(f"a code of {len(latent)} numbers is no car of these generators: they read {z_dim}; gains fit no other generators either")
     with self._lock:
-        with self._quietly():
-            i = self.pair.add(name, code, gains)
-            self._list_cars(*((self.car_a.value, i) if day == "tomorrow" else (i, self.car_b.value)))
+        with self._without_events():
+            i = self.pipeline.add(name, latent, channel_gains)
+            self._list_cars(*((self.car_a.value, i) if side == "b" else (i, self.car_b.value)))
         self._new_path()
 
 
 @patch
-def draw_cars(
+def sample_cars(
     self: IntensityStudio,
     seed: int,  # the same seed gives the same two cars
 ) -> None:
     "Choose two new cars at random."
-    codes = draw_latents(2, self.pair.common.z_dim, seed).tolist()
+    latents = sample_latents(2, self.pipeline.common.z_dim, seed).tolist()
     with self._lock:
-        with self._quietly():
-            self._list_cars(*(self.pair.add(f"seed {seed}{end}", code) for end, code in zip("ab", codes)))
+        with self._without_events():
+            self._list_cars(*(self.pipeline.add(f"seed {seed}{end}", latent) for end, latent in zip("ab", latents)))
             self.seed.value = (seed + 1) % 2**31
         self._new_path()
 
@@ -577,36 +577,36 @@ def add_picture(
     source: str | Path | bytes,  # a picture's file, or its content
     name: str = "",  # what to call the car; empty takes the name of the file
     *,
-    day: str = "today",  # whose car it becomes: "today" or "tomorrow"
+    side: str = "a",  # whose car it becomes: "a" or "b"
 ) -> None:
     "Read a picture as a code and choose it as a car; raise `CarprotoError` for what is no picture."
-    pair, file = self.pair, name or ("the picture" if isinstance(source, bytes) else Path(source).name)
-    if pair.encoder is None:
+    pipeline, file = self.pipeline, name or ("the picture" if isinstance(source, bytes) else Path(source).name)
+    if pipeline.encoder is None:
         raise CarprotoError("pictures cannot be read: this pair has no encoder, give one")
-    if self._is_reading:
+    if self._is_inverting:
         raise CarprotoError("one picture is being read: wait until it is done")
     try:
-        picture = fit_square(open_picture(source), pair.common.size, pair.fit)
+        picture = fit_square(open_picture(source), pipeline.common.size, pipeline.fit)
     except CarprotoError as error:
         reason = str(error).split(": ", 1)[-1].split(" (")[0]
         if "exceeds limit" in str(error):  # Pillow refuses what would fill the memory
             reason = "it has far too many pixels, shrink it first"
         raise CarprotoError(f"{file}: {reason}{'; choose a whole png, jpg or webp' if 'readable' in reason else ''}") from error
-    self._is_reading, self.photo.disabled = True, True
+    self._is_inverting, self.photo.disabled = True, True
     self._progress(0.0, "Reading")
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        self._read(pair, picture, Path(file).stem, day, lambda action: action())
+        self._invert(pipeline, picture, Path(file).stem, side, lambda action: action())
     else:
-        threading.Thread(target=self._read, args=(pair, picture, Path(file).stem, day, loop.call_soon_threadsafe), daemon=True).start()
+        threading.Thread(target=self._invert, args=(pipeline, picture, Path(file).stem, side, loop.call_soon_threadsafe), daemon=True).start()
 
 # %% ../nbs/50_studio.ipynb #bf39fc18
 @patch
-def _read(self: IntensityStudio, pair: CarPair, picture: Image.Image, name: str, day: str, hand_over: Callable) -> None:
+def _invert(self: IntensityStudio, pipeline: CarPipeline, picture: Image.Image, name: str, side: str, deliver: Callable) -> None:
     "Find the code of a picture, then its gains, and hand the end over to the thread that asked."
-    own, parts = copy.deepcopy(pair.futuristic if day == "tomorrow" else pair.common), [replace(self.refinement, use_gains=False)]
-    parts += [self.refinement] * self.refinement.use_gains
+    own_part, parts = copy.deepcopy(pipeline.futuristic if side == "b" else pipeline.common), [replace(self.refinement, use_channel_gains=False)]
+    parts += [self.refinement] * self.refinement.use_channel_gains
     steps = len(parts) * self.refinement.steps
     drawn = iter(range(1_000_000))
 
@@ -615,46 +615,46 @@ def _read(self: IntensityStudio, pair: CarPair, picture: Image.Image, name: str,
         if i % max(1, steps // 20) == 0:
             self._progress(min(1.0, i / max(steps, 1)), "Reading")
 
-    own.register_forward_hook(count)
+    own_part.register_forward_hook(count)
     try:
-        found = []
+        results = []
         for part in parts:
-            start = found[0].z if found else None
-            found.append(invert(to_tensor(picture), own, pair.encoder, perceptual=pair.perceptual, z_start=start, config=part, quiet=True))
-        hand_over(lambda: self._guarded(self._arrive, pair, name, day, found))
+            start = results[0].z if results else None
+            results.append(invert(to_tensor(picture), own_part, pipeline.encoder, perceptual=pipeline.perceptual, z_start=start, config=part, quiet=True))
+        deliver(lambda: self._guarded(self._add_inverted, pipeline, name, side, results))
     except Exception as error:
-        hand_over(lambda error=error: self._guarded(self._arrive, pair, name, day, error))
+        deliver(lambda error=error: self._guarded(self._add_inverted, pipeline, name, side, error))
 
 # %% ../nbs/50_studio.ipynb #399e0429
 @patch
-def _arrive(self: IntensityStudio, pair: CarPair, name: str, day: str, found: list[Inversion] | Exception) -> None:
+def _add_inverted(self: IntensityStudio, pipeline: CarPipeline, name: str, side: str, results: list[Inversion] | Exception) -> None:
     "Put a car that was read, as a code and perhaps with gains, into the lists and on view."
-    self._is_reading, self.photo.disabled = False, False
+    self._is_inverting, self.photo.disabled = False, False
     self._progress(None)
-    if isinstance(found, Exception):
-        raise found
-    rms, last = found[0].rms[0].item(), found[-1]
-    car = last.z[0].tolist(), last.gains[0].tolist() if len(found) > 1 else None
-    if pair is self.pair:
-        self.add_car(name, *car, day=day)
+    if isinstance(results, Exception):
+        raise results
+    rms, last = results[0].rms[0].item(), results[-1]
+    car = last.z[0].tolist(), last.channel_gains[0].tolist() if len(results) > 1 else None
+    if pipeline is self.pipeline:
+        self.add_car(name, *car, side=side)
     else:  # another pair was chosen meanwhile
-        pair.add(name, *car)
-    if doubtful(found[0], pair.usual):
-        self.say(
-            f"{name} is drawn again with an error of {rms:.2f}, where 99 of 100 cars stay below {pair.usual:.2f}: is it a car, and of a view "
+        pipeline.add(name, *car)
+    if find_outliers(results[0], pipeline.error_p99):
+        self.show_message(
+            f"{name} is drawn again with an error of {rms:.2f}, where 99 of 100 cars stay below {pipeline.error_p99:.2f}: is it a car, and of a view "
             "that was trained?",
             tone="warning",
         )
     else:
-        self.say(f"{name} is read, and drawn again with an error of {last.rms[0]:.2f} (root mean square of [-1, 1]).")
+        self.show_message(f"{name} is read, and drawn again with an error of {last.rms[0]:.2f} (root mean square of [-1, 1]).")
 
 
 @patch
 def _uploaded(self: IntensityStudio, value: tuple | dict, use: Callable[[bytes, str], None], control: widgets.FileUpload | None = None) -> None:
     "Use the file that was uploaded; ipywidgets 7 hands over a dict, 8 a tuple, which is emptied so that the same file can come again."
-    files = [{"name": name, **told} for name, told in value.items()] if isinstance(value, dict) else list(value)
+    files = [{"name": name, **text} for name, text in value.items()] if isinstance(value, dict) else list(value)
     if control is not None and isinstance(value, tuple):
-        with self._quietly():
+        with self._without_events():
             control.value = ()
     if files:
         use(bytes(files[-1]["content"]), str(files[-1]["name"]))
@@ -668,11 +668,11 @@ def _load_upload(self: IntensityStudio, content: bytes, name: str) -> None:
     except CarprotoError as error:
         raise CarprotoError(str(error).replace("the recipe", name, 1)) from error
     if not self.message.value:
-        self.say(f"The recipe {name} is loaded.")
+        self.show_message(f"The recipe {name} is loaded.")
 
 # %% ../nbs/50_studio.ipynb #b9dfdc81
 def open_studio(
-    pair: str | Path = "toy64",  # a release, as in `PAIRS`, or a folder with common/ and futuristic/, perhaps encoder/ and probe/
+    pipeline: str | Path = "toy64",  # a release, as in `RELEASED_PIPELINES`, or a folder with common/ and futuristic/, perhaps encoder/ and probe/
     *,
     backbone: str | Path | None = None,  # the MobileNetV2 file that a probe of futurism reads
     n_cars: int = 12,  # cars to choose from
@@ -681,38 +681,38 @@ def open_studio(
     photos: str | Path = "",  # a folder or zip whose pictures can be chosen too
 ) -> IntensityStudio:  # to be shown in a notebook
     "Open the studio on a pair of generators; raise `CarprotoError` when they cannot be had."
-    pair = str(pair)
-    loaders = {name: cache(partial(load_pair, name, backbone=backbone, n_cars=n_cars)) for name in dict.fromkeys([*pairs_at_hand(), pair])}
-    first = loaders[pair]()
-    company = {key: getattr(first, key) for key in ("encoder", "futurism", "perceptual", "has_outlines", "usual", "note")}
-    studio = IntensityStudio(first.common, first.futuristic, first.z, **company, n_frames=n_frames, folder=folder, photos=photos)
-    shown = studio.pair
-    loaders[pair] = lambda: shown
-    studio.offer_pairs({PAIRS.get(name, (Path(name).name,))[0]: loader for name, loader in loaders.items()}, shown)
+    pipeline = str(pipeline)
+    loaders = {name: cache(partial(load_pipeline, name, backbone=backbone, n_cars=n_cars)) for name in dict.fromkeys([*local_pipelines(), pipeline])}
+    first = loaders[pipeline]()
+    components = {key: getattr(first, key) for key in ("encoder", "futurism", "perceptual", "has_outlines", "error_p99", "note")}
+    studio = IntensityStudio(first.common, first.futuristic, first.z, **components, n_frames=n_frames, folder=folder, photos=photos)
+    shown = studio.pipeline
+    loaders[pipeline] = lambda: shown
+    studio.set_pipelines({RELEASED_PIPELINES.get(name, (Path(name).name,))[0]: loader for name, loader in loaders.items()}, shown)
     return studio
 
 
 @patch
-def offer_pairs(
+def set_pipelines(
     self: IntensityStudio,
-    loaders: Mapping[str, Callable[[], CarPair]],  # name in the list: what loads the pair, the same one each time
-    shown: CarPair,  # the one on view, among them
+    loaders: Mapping[str, Callable[[], CarPipeline]],  # name in the list: what loads the pair, the same one each time
+    shown: CarPipeline,  # the one on view, among them
 ) -> None:
     "Let the panel switch between pairs."
     self._loaders = dict(loaders)
-    with self._quietly():
-        self.pair_list.options = list(loaders)
-        self.pair_list.value = next(name for name, load in loaders.items() if load() is shown)
-    self.pair_list.layout.display = None if len(loaders) > 1 else "none"
+    with self._without_events():
+        self.pipeline_list.options = list(loaders)
+        self.pipeline_list.value = next(name for name, load in loaders.items() if load() is shown)
+    self.pipeline_list.layout.display = None if len(loaders) > 1 else "none"
 
 
 @patch
-def _change_pair(self: IntensityStudio, before: str | None) -> None:
+def _switch_pipeline(self: IntensityStudio, before: str | None) -> None:
     "Show the pair that was chosen, or stay with the one before when it cannot be had."
     try:
-        pair = self._loaders[self.pair_list.value]()
+        pipeline = self._loaders[self.pipeline_list.value]()
     except CarprotoError:
-        with self._quietly():
-            self.pair_list.value = before
+        with self._without_events():
+            self.pipeline_list.value = before
         raise
-    self._take(pair)
+    self._set_pipeline(pipeline)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .carpaint import draw_car, studio_tone
+from .carpaint import render_car, studio_tone
 from .carshape import BODIES, COMMON, FUTURISTIC, VIEWS, CarFactors, proportions, sample_factors  # noqa: F401
 from .config import check_size
 from .core import CarprotoError
@@ -45,7 +45,7 @@ class ToyCars(torch.utils.data.Dataset):
         self.factors = [sample_factors(seed, i, futurism) for i in range(start, start + n)]
         if align:
             self.factors = [align.turn_toy(f) for f in self.factors]
-        draw = align.draw_toy if align else draw_car
+        draw = align.draw_toy if align else render_car
         drawn = [draw(f, size) for f in tqdm(self.factors, desc='drawing', disable=not progress)]
         self.images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2).contiguous()
         self.masks = torch.from_numpy(np.stack([mask for _, mask in drawn]))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_same', 'check_health', 'explain_memory', 'Clock', 'Result', 'train_gan', 'open_run',
-           'check_beginning', 'resume', 'note_session', 'save', 'check_finite', 'named_generator', 'finish_the_step',
+           'check_beginning', 'resume', 'log_session', 'save', 'check_finite', 'named_generator', 'finish_step',
            'report', 'best_generator', 'load_discriminator']
 
 # %% ../nbs/34_train.ipynb #d3db6e7f
@@ -27,7 +27,6 @@ from carproto.core import (
     CarprotoError,
     RunFolder,
     describe_environment,
-    draw_latents,
     find_nonfinite,
     is_out_of_memory,
     load_json,
@@ -35,6 +34,7 @@ from carproto.core import (
     pick_device,
     progress,
     remove_leftovers,
+    sample_latents,
     save_json,
     to_tensor,
 )
@@ -58,8 +58,8 @@ def check_images(
     return hashlib.sha256(images.contiguous().numpy()).hexdigest()[:16]
 
 
-_FREE = ("steps", "report_every")  # choices that may change at any time
-_BUILT_IN = ("size", "width", "z_dim", "seed", "feature_net", "feature_size", "n_images", "data_hash")  # choices that a run cannot change
+_RESUMABLE = ("steps", "report_every")  # choices that may change at any time
+_FIXED = ("size", "width", "z_dim", "seed", "feature_net", "feature_size", "n_images", "data_hash")  # choices that a run cannot change
 
 
 def check_same(
@@ -71,11 +71,11 @@ def check_same(
     "Raise `CarprotoError` when a run would go on with other choices or other pictures; more steps are welcome."
     old = {**asdict(TrainConfig()), **run.config(), **load_json(run.path / "data.json")}  # a choice that is newer than the run has its default
     new = {**asdict(config), **data}
-    changed = [name for name, value in new.items() if old.get(name) != value and name not in _FREE]
+    changed = [name for name, value in new.items() if old.get(name) != value and name not in _RESUMABLE]
     difference = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in changed]
-    if not changed or allow_changes and not set(changed) & set(_BUILT_IN):
+    if not changed or allow_changes and not set(changed) & set(_FIXED):
         return difference
-    fixed = [name for name in changed if name in _BUILT_IN]
+    fixed = [name for name in changed if name in _FIXED]
     way = f"{', '.join(fixed)} cannot change: take another name" if fixed else "keep the old choices, take another name, or allow changes"
     raise CarprotoError(f"{run.path} was started differently ({'; '.join(difference)}): {way}")
 
@@ -90,7 +90,7 @@ def check_health(
         fault = f"the loss is not a number at step {row['step']}: lower lr_g and lr_d, or use fp32"
     elif row["logit_real"] - row["logit_fake"] > 50:
         fault = f"the discriminator has won at step {row['step']}: lower lr_d or add pictures"
-    elif row.get("variety", 1.0) < 0.02:
+    elif row.get("pixel_diversity", 1.0) < 0.02:
         fault = f"all drawings are one picture at step {row['step']}: lower lr_g and lr_d, or add pictures"
     if fault is not None:
         raise CarprotoError(f"{fault}; {name_last_good(run.checkpoints)}")
@@ -188,7 +188,7 @@ def train_gan(
             trainer = Trainer(images, config, pick_device(device), processes=processes, compile=compile, feature_path=feature_path)
             clock = resume(trainer, run, parent, max_minutes)
             if processes.is_main:
-                note_session(trainer, run, changes)
+                log_session(trainer, run, changes)
             finished, interrupted = _run(trainer, run, clock, evaluate, heldout, title, quiet)
             G = named_generator(trainer, run).cpu()
             if processes.is_main:
@@ -233,7 +233,7 @@ def check_beginning(
     run: RunFolder,  # with a configuration and no checkpoint
 ) -> None:
     "Say that a run begins again; raise `CarprotoError` when it holds what a run from chance would replace."
-    compacted = (run.path / "data.json").exists() and "compacted" in load_json(run.path / "data.json")
+    compacted = (run.path / "data.json").exists() and "subspace" in load_json(run.path / "data.json")
     made = [name for name in ("best", "final") if (run.path / name / "config.json").exists()]
     if made or compacted:
         held = f"the generator in {run.path / made[-1]}" if made else "a shortened code"
@@ -252,20 +252,20 @@ def resume(
     if state:
         trainer.load_state_dict(state)
     elif parent:
-        trainer.start_from(parent)
+        trainer.init_from_parent(parent)
     if trainer.processes.is_main:
-        run.cut_stats(trainer.step)
+        run.truncate_stats(trainer.step)
     return Clock(max_minutes, state["seconds"] if state else 0.0)
 
 # %% ../nbs/34_train.ipynb #78cf8af7
-def note_session(
+def log_session(
     trainer: Trainer,  # ready to step
     run: RunFolder,  # where the note goes
     changes: list[str],  # choices that differ from the run's beginning
 ) -> None:
     "Append a line to sessions.jsonl."
     row = {"step": trainer.step, "n_processes": trainer.processes.n, "precision": trainer.precision, "device": str(trainer.device)}
-    run.log("sessions.jsonl", **row, changes=changes, forms=sorted(k for k, v in trainer.forms.items() if v), **describe_environment())
+    run.log("sessions.jsonl", **row, changes=changes, fused_layers=sorted(k for k, v in trainer.fused_layers.items() if v), **describe_environment())
 
 
 def save(
@@ -290,8 +290,8 @@ def check_finite(
     "Raise `CarprotoError` in every process when the state of one is not finite."
     bad = find_nonfinite(state)
     if trainer.processes.any(bad is not None):
-        told = f"{bad or 'another process'} holds NaN or infinity at step {trainer.step}"
-        raise CarprotoError(f"{told}: lower lr_g and lr_d, or use fp32; {name_last_good(run.checkpoints)}")
+        text = f"{bad or 'another process'} holds NaN or infinity at step {trainer.step}"
+        raise CarprotoError(f"{text}: lower lr_g and lr_d, or use fp32; {name_last_good(run.checkpoints)}")
 
 
 def named_generator(
@@ -299,13 +299,13 @@ def named_generator(
     run: RunFolder,  # whose data.json says how photos were made square
 ) -> Generator:  # the averaged generator, in eval mode
     "Return a run's generator with what inference needs to know of its data."
-    G, fit = trainer.drawing_generator(), load_json(run.path / "data.json").get("fit")
+    G, fit = trainer.snapshot_ema(), load_json(run.path / "data.json").get("fit")
     G.fit = fit if fit in FITS else "squash"
     return G
 
 # %% ../nbs/34_train.ipynb #f5303731
 @contextmanager
-def finish_the_step() -> Iterator[threading.Event]:  # set when a person wants to stop
+def finish_step() -> Iterator[threading.Event]:  # set when a person wants to stop
     "Let the first Ctrl-C wait for the end of a step, and the second one raise `KeyboardInterrupt`."
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
@@ -337,7 +337,7 @@ def _run(
     "Step until the end, the time limit or an interrupt, then save; return whether the end was reached, and whether a person stopped it."
     config, processes = trainer.config, trainer.processes
     bar = progress(config.steps, title or run.path.name, initial=trainer.step, quiet=quiet or not processes.is_main)
-    with bar, finish_the_step() as stop:
+    with bar, finish_step() as stop:
         recent = []
         while trainer.step < config.steps and not processes.any(clock.is_over or stop.is_set()):
             losses = [trainer.step_discriminator() for _ in range(config.d_steps)][-1]
@@ -365,7 +365,7 @@ def _means(recent: list[dict], trainer: Trainer, clock: Clock) -> dict[str, floa
     "Average the last steps over time and processes; add the shares of time spent otherwise."
     means = torch.stack([torch.stack([row[name] for row in recent]).mean() for name in recent[0]])
     values = dict(zip(recent[0], trainer.processes.mean(means).tolist()))
-    return {**values, "waiting": round(trainer.feed.waited / clock.session, 5), "saving": round(clock.saving / clock.session, 5)}
+    return {**values, "waiting": round(trainer.loader.waited / clock.session, 5), "saving": round(clock.saving / clock.session, 5)}
 
 # %% ../nbs/34_train.ipynb #9bf54d6e
 def report(
@@ -377,11 +377,11 @@ def report(
     "Draw a grid on fixed codes, measure, and keep the best generator so far."
     G = named_generator(trainer, run)
     with torch.no_grad():
-        grid = G(draw_latents(32, G.z_dim, seed=1).to(trainer.device))
-        numbers = {"variety": _variety(grid) / _variety(to_tensor(trainer.feed.images[:256]).to(trainer.device))}
+        grid = G(sample_latents(32, G.z_dim, seed=1).to(trainer.device))
+        numbers = {"pixel_diversity": _pixel_diversity(grid) / _pixel_diversity(to_tensor(trainer.loader.images[:256]).to(trainer.device))}
         if heldout is not None:
             trainer.D.eval()
-            seen, unseen = (to_tensor(x[:256]).to(trainer.device) for x in (trainer.feed.images, heldout))
+            seen, unseen = (to_tensor(x[:256]).to(trainer.device) for x in (trainer.loader.images, heldout))
             numbers["overfit"] = (trainer.D(seen).mean() - trainer.D(unseen).mean()).item()
             if trainer.F is not None:
                 trainer.F.eval()
@@ -396,7 +396,7 @@ def report(
     return numbers
 
 
-def _variety(images: torch.Tensor) -> float:
+def _pixel_diversity(images: torch.Tensor) -> float:
     "Mean standard deviation of a pixel over the pictures."
     return images.std(0).mean().item() + 1e-6
 
@@ -409,8 +409,8 @@ def best_generator(
     for name in ("best", "final"):
         if (Path(run_dir) / name / "config.json").exists():
             return load_generator(Path(run_dir) / name, device)
-    if ((kept := find_weights(run_dir)) / "model.safetensors").exists():
-        return load_generator(kept, device)
+    if ((remaining := find_weights(run_dir)) / "model.safetensors").exists():
+        return load_generator(remaining, device)
     raise CarprotoError(f"{run_dir} holds no generator yet: let the run reach its first report")
 
 # %% ../nbs/34_train.ipynb #2d31c217
@@ -419,9 +419,9 @@ def load_discriminator(
     device: str | None = None,  # None takes the best at hand
 ) -> Discriminator:  # as it was at the newest checkpoint, in eval mode, gradients off
     "Load a run's discriminator, for its eye for cars."
-    device, kept = pick_device(device), find_weights(f"{run_dir}/discriminator")
-    if (kept / "config.json").exists():
-        return read_discriminator(kept, device)
+    device, remaining = pick_device(device), find_weights(f"{run_dir}/discriminator")
+    if (remaining / "config.json").exists():
+        return read_discriminator(remaining, device)
     state = load_checkpoint(Path(run_dir) / "checkpoints", device)
     if state is None:
         raise CarprotoError(f"{run_dir} holds no checkpoint: give the folder of a training run")

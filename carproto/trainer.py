@@ -17,11 +17,11 @@ import torch
 from fastcore.basics import patch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .blocks import choose_forms, fixed_weights
+from .blocks import choose_fused, fixed_weights
 from .config import TrainConfig
 from .core import CarprotoError, RunFolder, pick_precision, seeded, to_tensor
 from .feature_discriminator import FeatureDiscriminator, PretrainedFeatures
-from .feed import Feed
+from .feed import ImageLoader
 from .losses import hinge_discriminator, hinge_generator
 from .processes import Processes, join_batches
 from .regularize import DiffAugment, LeCam
@@ -41,7 +41,7 @@ def read_config(
 class Trainer:
     "The state of a run, and single steps on it."
 
-    parts = ("G", "D", "ema", "optimizer_g", "optimizer_d", "feed", "lecam")  # what of it has a state of its own
+    parts = ("G", "D", "G_ema", "optimizer_g", "optimizer_d", "loader", "lecam")  # what of it has a state of its own
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Trainer:
         self._build_heads(images, feature_path)
         if self.device.type == "cpu":
             keep_freed_memory()  # what timing took goes back
-        self._build_sources(images)
+        self._build_loader(images)
 
 # %% ../nbs/33_trainer.ipynb #6dceab5e
 @patch
@@ -71,15 +71,15 @@ def _build_networks(self: Trainer, compile: bool) -> None:
     config, layout = self.config, {"device": self.device, "memory_format": torch.channels_last}
     self.G = Generator(config.size, config.z_dim, config.width, seed=config.seed).to(**layout)
     self.D = Discriminator(config.size, config.width, seed=config.seed + 1).to(**layout)
-    self.ema = copy.deepcopy(self.G).requires_grad_(False)
+    self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
     self.G = join_batches(self.G, self.processes)
-    self.forms = self._choose_forms()
+    self.fused_layers = self._choose_fused()
     self.D.requires_grad_(False)
     self.trained_d = [p for part in (*self.D.blocks[config.n_frozen :], self.D.linear) for p in part.parameters()]
     for p in self.trained_d:
         p.requires_grad_(True)
-    draw, judge = (torch.compile(self.G), torch.compile(self.D)) if compile else (self.G, self.D)
-    self.draw, self.judge = self.processes.wrap(draw), self.processes.wrap(judge)
+    run_G, run_D = (torch.compile(self.G), torch.compile(self.D)) if compile else (self.G, self.D)
+    self.run_G, self.run_D = self.processes.wrap(run_G), self.processes.wrap(run_D)
     options = {"betas": (config.beta1, config.beta2), "fused": True}
     self.optimizer_g = torch.optim.Adam(self.G.parameters(), lr=config.lr_g, **options)
     self.optimizer_d = torch.optim.Adam(self.D.parameters(), lr=config.lr_d, **options)
@@ -87,14 +87,14 @@ def _build_networks(self: Trainer, compile: bool) -> None:
 
 
 @patch
-def _build_sources(self: Trainer, images: torch.Tensor) -> None:
+def _build_loader(self: Trainer, images: torch.Tensor) -> None:
     "Make what draws: photos, codes and augmentations, different ones in each process."
     config, processes = self.config, self.processes
     self.batch = processes.share(config.batch)
     part = slice(processes.index * self.batch, (processes.index + 1) * self.batch)
-    self.feed = Feed(images, config.batch, seeded(config.seed + 2), self.device, part=part)
+    self.loader = ImageLoader(images, config.batch, seeded(config.seed + 2), self.device, part=part)
     self.noise = seeded(config.seed + 3 + 1_000_003 * processes.index, self.device)
-    self.augment, self.lecam = DiffAugment(config.augment), LeCam(config.lecam_decay, average=processes.mean)
+    self.augment, self.lecam = DiffAugment(config.augment), LeCam(config.lecam_decay, reduce_mean=processes.mean)
 
 # %% ../nbs/33_trainer.ipynb #a3c2f5e2
 @patch
@@ -118,24 +118,24 @@ def _build_heads(self: Trainer, images: torch.Tensor, path: str | Path | None) -
 
 # %% ../nbs/33_trainer.ipynb #7e628634
 @patch
-def _choose_forms(self: Trainer) -> dict[str, bool]:
+def _choose_fused(self: Trainer) -> dict[str, bool]:
     "Give each layer its faster form on this device."
     n, size = self.config.batch // self.processes.n, self.config.size
-    drawn, judged = torch.zeros(n, self.config.z_dim), torch.zeros(2 * n, 3, size, size)
-    forms = {f"G.{k}": v for k, v in choose_forms(self.G, drawn.to(self.device), self.precision).items()}
-    return forms | {f"D.{k}": v for k, v in choose_forms(self.D, judged.to(self.device), self.precision).items()}
+    z_like, x_like = torch.zeros(n, self.config.z_dim), torch.zeros(2 * n, 3, size, size)
+    fused_layers = {f"G.{k}": v for k, v in choose_fused(self.G, z_like.to(self.device), self.precision).items()}
+    return fused_layers | {f"D.{k}": v for k, v in choose_fused(self.D, x_like.to(self.device), self.precision).items()}
 
 
 @patch
-def take_forms(
+def load_fused(
     self: Trainer,
-    forms: dict[str, bool],  # whether each layer computes in one piece, by its name
+    fused_layers: dict[str, bool],  # whether each layer computes in one piece, by its name
 ) -> None:
     "Take the forms that a run started with, so that it goes on with the same numbers."
-    for name, is_fused in forms.items():
+    for name, is_fused in fused_layers.items():
         net, _, layer = name.partition(".")
         getattr(self, net).get_submodule(layer).is_fused = is_fused
-    self.forms = forms
+    self.fused_layers = fused_layers
 
 # %% ../nbs/33_trainer.ipynb #9d72f3e5
 def keep_freed_memory() -> None:
@@ -148,7 +148,7 @@ def keep_freed_memory() -> None:
 
 # %% ../nbs/33_trainer.ipynb #9db0b2b4
 @patch
-def codes(
+def sample_z(
     self: Trainer,
 ) -> torch.Tensor:  # (batch, z_dim), this process's share of the batch
     "Draw a batch of codes."
@@ -174,9 +174,9 @@ def step_discriminator(
 ) -> dict[str, torch.Tensor]:  # scalars: its loss "loss_d", the mean logits "logit_real" and "logit_fake"
     "Do one step of the discriminator."
     self._free_gradients()
-    real = self.feed.take()
+    real = self.loader.next_batch()
     with torch.no_grad(), self.autocast():
-        fake = self.G(self.codes())
+        fake = self.G(self.sample_z())
     both = torch.cat([self.augment(real, self.noise), self.augment(fake, self.noise)])
     self.D.train()
     self.D.blocks[: self.config.n_frozen].eval()
@@ -184,7 +184,7 @@ def step_discriminator(
         p.requires_grad_(True)
     with fixed_weights(self.D, self.precision):
         with self.autocast():
-            logits = self.judge(both)
+            logits = self.run_D(both)
         logit_real, logit_fake = logits.chunk(2)
         loss = hinge_discriminator(logit_real, logit_fake)
         penalty = self.lecam(logit_real, logit_fake)
@@ -231,7 +231,7 @@ def step_generator(
     heads = nullcontext() if self.F is None else fixed_weights(self.F.eval(), self.precision)
     with fixed_weights(self.D, self.precision), heads:
         with self.autocast():
-            images = self.augment(self.draw(self.codes()), self.noise)
+            images = self.augment(self.run_G(self.sample_z()), self.noise)
             logits = self.D(images)
             scores = [] if self.F is None else self.F(self.features(images))
         loss = hinge_generator(logits)
@@ -240,16 +240,16 @@ def step_generator(
     self.optimizer_g.step()
     self.step += 1
     decay = min(0.5 ** (self.config.batch / self.config.ema_images), self.step / (10 + self.step))
-    get_ema_multi_avg_fn(decay)(list(self.ema.parameters()), list(self.G.parameters()), None)
+    get_ema_multi_avg_fn(decay)(list(self.G_ema.parameters()), list(self.G.parameters()), None)
     return {"loss_g": loss.detach()}
 
 
 @patch
-def drawing_generator(
+def snapshot_ema(
     self: Trainer,
 ) -> Generator:  # in eval mode: what a run is for
     "Copy the averaged generator and measure its statistics anew."
-    return measure_statistics(copy.deepcopy(self.ema))
+    return measure_statistics(copy.deepcopy(self.G_ema))
 
 # %% ../nbs/33_trainer.ipynb #152f43f3
 @patch
@@ -260,7 +260,7 @@ def state_dict(
     parts = {name: getattr(self, name).state_dict() for name in self.parts}
     if self.F is not None:
         parts["features"] = self.features.fingerprint
-    return {**parts, "noise": self.processes.collect(self.noise.get_state()), "forms": self.forms, "config": asdict(self.config)}
+    return {**parts, "noise": self.processes.collect(self.noise.get_state()), "fused_layers": self.fused_layers, "config": asdict(self.config)}
 
 
 @patch
@@ -279,13 +279,13 @@ def load_state_dict(
     if len(noise) != self.processes.n:
         raise CarprotoError(f"the run was trained by {len(noise)} processes, not {self.processes.n}: go on with as many")
     self.noise.set_state(noise[self.processes.index].clone())  # a view of a larger tensor crashes PyTorch
-    self.take_forms(state["forms"])
-    self.set_rates()
+    self.load_fused(state["fused_layers"])
+    self.set_learning_rates()
     self.step = state["step"]
 
 
 @patch
-def set_rates(self: Trainer) -> None:
+def set_learning_rates(self: Trainer) -> None:
     "Let the configuration's learning rates hold, whatever rates a loaded state had."
     rates = [(self.optimizer_g, self.config.lr_g), (self.optimizer_d, self.config.lr_d)]
     if self.F is not None:
@@ -306,14 +306,14 @@ def _check_heads(self: Trainer, state: dict) -> None:
 
 # %% ../nbs/33_trainer.ipynb #b5967dde
 @patch
-def start_from(
+def init_from_parent(
     self: Trainer,
     parent: dict,  # a checkpoint of a run with the same networks
 ) -> None:
     "Take weights, average, Adam's state and LeCam's means from a parent run; order, draws and forms are this run's own."
-    own = {"feed": self.feed.state_dict(), "noise": self.processes.collect(self.noise.get_state()), "forms": self.forms, "step": 0}
+    own_state = {"loader": self.loader.state_dict(), "noise": self.processes.collect(self.noise.get_state()), "fused_layers": self.fused_layers, "step": 0}
     if self.F is None:
         parent = {name: value for name, value in parent.items() if name not in ("F", "optimizer_f", "features")}
     elif "F" not in parent:
-        own |= {"F": self.F.state_dict(), "optimizer_f": self.optimizer_f.state_dict(), "features": self.features.fingerprint}
-    self.load_state_dict({**parent, **own})
+        own_state |= {"F": self.F.state_dict(), "optimizer_f": self.optimizer_f.state_dict(), "features": self.features.fingerprint}
+    self.load_state_dict({**parent, **own_state})

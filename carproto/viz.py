@@ -31,13 +31,13 @@ def _width(text: str, size: int) -> int:
     return round(ImageFont.load_default(size).getlength(text))
 
 
-def _write(picture: Image.Image, text: str, place: tuple[float, float], anchor: str, size: int, room: float) -> None:
+def _write(picture: Image.Image, text: str, position: tuple[float, float], anchor: str, size: int, room: float) -> None:
     "Write `text` on a picture, cut with an ellipsis to `room` pixels."
     if _width(text, size) > room:
         while text and _width(text + "\u2026", size) > room:
             text = text[:-1].rstrip()
         text += "\u2026" if room > size else ""
-    ImageDraw.Draw(picture).text(place, text, fill=INK, font=ImageFont.load_default(size), anchor=anchor)
+    ImageDraw.Draw(picture).text(position, text, fill=INK, font=ImageFont.load_default(size), anchor=anchor)
 
 
 def add_title(
@@ -223,8 +223,8 @@ class _CurveFigure(Figure):
 
 def _points(rows: Sequence[dict], x: str, y: str) -> tuple[list, list, list]:
     "Collect the finite points of one curve, with their standard deviations."
-    found = [(row[x], row[y], row.get(f"{y}_sd") or 0.0) for row in rows if row.get(x) is not None and row.get(y) is not None]
-    return tuple(map(list, zip(*(point for point in found if abs(point[1]) < float("inf"))))) or ([], [], [])
+    results = [(row[x], row[y], row.get(f"{y}_sd") or 0.0) for row in rows if row.get(x) is not None and row.get(y) is not None]
+    return tuple(map(list, zip(*(point for point in results if abs(point[1]) < float("inf"))))) or ([], [], [])
 
 # %% ../nbs/01_viz.ipynb #c8acffe3
 def _name_curves(axes, ends: list[tuple[float, float, str, str]]) -> None:
@@ -250,8 +250,8 @@ def _draw_panels(panels: list[tuple[str, list[tuple[str, Sequence[dict], str]]]]
     n_rows = -(-len(panels) // n_cols)
     size = (9.6 if n_cols > 1 else 6.4, 2.9 * n_rows + (0.3 if title else 0))
     figure = _CurveFigure(figsize=size, dpi=100, layout="constrained", facecolor="white")
-    for place, (label, curves) in enumerate(panels):
-        axes, ends = figure.add_subplot(n_rows, n_cols, place + 1), []
+    for position, (label, curves) in enumerate(panels):
+        axes, ends = figure.add_subplot(n_rows, n_cols, position + 1), []
         for i, (name, rows, quantity) in enumerate(curves):
             xs, ys, sds = _points(rows, x, quantity)
             if xs:
@@ -296,5 +296,5 @@ def compare_runs(
     "Draw the same quantities of several runs, a curve per run."
     if not runs:
         raise CarprotoError("there is no run to compare: give at least one")
-    found = {name: RunFolder(rows).stats() if isinstance(rows, (str, Path)) else rows for name, rows in runs.items()}
-    return _draw_panels([(_describe(name)[1], [(run, rows, name) for run, rows in found.items()]) for name in names], x, title)
+    results = {name: RunFolder(rows).stats() if isinstance(rows, (str, Path)) else rows for name, rows in runs.items()}
+    return _draw_panels([(_describe(name)[1], [(run, rows, name) for run, rows in results.items()]) for name in names], x, title)

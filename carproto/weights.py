@@ -70,10 +70,10 @@ def number(
 
 
 def word(
-    *choices: str,  # the words allowed; none means any short text
+    *config: str,  # the words allowed; none means any short text
 ) -> Callable[[object], bool]:  # whether a value is such a text
     "Accept texts."
-    return lambda value: isinstance(value, str) and (value in choices if choices else len(value) <= 200)
+    return lambda value: isinstance(value, str) and (value in config if config else len(value) <= 200)
 
 
 def many(
@@ -102,8 +102,8 @@ def load_config(
     for name, fits in {**fields, **(optional or {})}.items():
         value = config.get(name)
         if not (name in (optional or {}) and value is None) and not fits(value):
-            told = f"is {str(value)[:40]!r}" if name in config else "is missing"
-            raise CarprotoError(f"{path}: {name} {told}, which no {kind} can have: copy or download the folder again")
+            text = f"is {str(value)[:40]!r}" if name in config else "is missing"
+            raise CarprotoError(f"{path}: {name} {text}, which no {kind} can have: copy or download the folder again")
     return config
 
 # %% ../nbs/02_weights.ipynb #a724f224
@@ -125,9 +125,9 @@ def check_shapes(
         if shapes.get(name) != shape:
             raise CarprotoError(f"{path} belongs to another architecture: {name} is {shapes.get(name)}, and config.json means {shape}")
     for prefix, n in (n_parts or {}).items():
-        found = {name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)}
-        if len(found) != n:
-            raise CarprotoError(f"{path} belongs to another architecture: it has {len(found)} {prefix[:-1]}, and config.json means {n}")
+        results = {name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)}
+        if len(results) != n:
+            raise CarprotoError(f"{path} belongs to another architecture: it has {len(results)} {prefix[:-1]}, and config.json means {n}")
 
 
 def load_state(
@@ -196,10 +196,10 @@ def download(
     remove_leftovers(path.parent)
     with atomic_path(path) as temporary:
         _copy(url, temporary, timeout, time.monotonic() + max_seconds, max_bytes)
-        found = hash_file(temporary)
-        if not found.startswith(sha256):
+        results = hash_file(temporary)
+        if not results.startswith(sha256):
             page = " and is a web page, perhaps of a login" if temporary.read_bytes()[:500].lstrip()[:1] == b"<" else ""
-            raise CarprotoError(f"{url} is not the file expected{page} (SHA-256 {found[:16]}, not {sha256[:16]}): try again on another network")
+            raise CarprotoError(f"{url} is not the file expected{page} (SHA-256 {results[:16]}, not {sha256[:16]}): try again on another network")
     return path
 
 
@@ -286,7 +286,7 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
         "model.safetensors": "fdb5672c74d5cbee38c45ff9e9f77ec9405666e1fa2cb610f8afb28d6ac1c0ee",
     },
-    "toy_reader": {
+    "factor_regressor": {
         "config.json": "92dcde5bf78ec318583545f3d3bc2b7d4ee2ba7cafd57e106663ff3f591b1b8d",
         "model.safetensors": "07103cf781b8bcb15ea5099783703df7f6bb437b3bdfdabe6f4df8c210bb1af2",
     },
@@ -306,17 +306,17 @@ def find_weights(
     releases: dict[str, dict[str, str]] = RELEASES,  # the SHA-256 of each file, by release and file
 ) -> Path:  # a folder with config.json and model.safetensors; a name that is no release is returned as it is
     "Find weights on this machine, or download a release once; raise `CarprotoError` when it cannot be had."
-    for place in (Path(name), repository / name):
-        if (place / "config.json").exists():
-            return place
+    for position in (Path(name), repository / name):
+        if (position / "config.json").exists():
+            return position
     if str(name) not in releases:
         return Path(name)
-    kept = cache_folder() / "weights" / name
-    for leftover in kept.glob("*.partial"):  # of versions before this one
+    selected = cache_folder() / "weights" / name
+    for leftover in selected.glob("*.partial"):  # of versions before this one
         leftover.unlink()
     for file, sha256 in releases[str(name)].items():
         try:
-            download(f"{source}/{name}/{file}", kept / file, sha256)
+            download(f"{source}/{name}/{file}", selected / file, sha256)
         except CarprotoError as error:
             raise CarprotoError(f"the weights {name} cannot be had: {error}; or clone the repository") from error
-    return kept
+    return selected

@@ -72,8 +72,8 @@ def serve_lab(folder: Path, home: Path) -> Iterator[str]:
     settings = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
-    places = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
-    environment = {**os.environ, **places, "PYTHONPATH": str(ROOT), "HOME": str(home)}
+    points = {f"JUPYTER_{kind}_DIR": str(home / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
+    environment = {**os.environ, **points, "PYTHONPATH": str(ROOT), "HOME": str(home)}
     with open(home / "lab.log", "w") as log:
         server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *options], env=environment, stdout=log, stderr=log)
     try:
@@ -83,8 +83,8 @@ def serve_lab(folder: Path, home: Path) -> Iterator[str]:
                 urllib.request.urlopen(f"{url}/api/status", timeout=2).close()
                 break
             except OSError:
-                told = (home / "lab.log").read_text()[-2000:]
-                assert server.poll() is None and time.monotonic() < deadline, f"JupyterLab does not answer: {told}"
+                text = (home / "lab.log").read_text()[-2000:]
+                assert server.poll() is None and time.monotonic() < deadline, f"JupyterLab does not answer: {text}"
                 time.sleep(0.5)
         yield url
     finally:

@@ -30,7 +30,7 @@ SIZES = {"sml": ("s", (120, 80)), "med": ("m", (300, 200)), "lrg": ("l", (640, 4
 
 
 @lru_cache(maxsize=4096)
-def draw_car(key: str, size: tuple[int, int] = (120, 80)) -> bytes:
+def render_car(key: str, size: tuple[int, int] = (120, 80)) -> bytes:
     """Draw a car as a JPEG; the key decides paint, shape and ground, so that each key has a picture of its own."""
     mix = zlib.crc32(key.encode())
     width, height = size
@@ -199,7 +199,7 @@ class LocalSite:
         page, size = int(query.get("page", ["1"])[0]), int(query.get("page_size", ["20"])[0])
         term = query["q"][0]
         n_results = self.count(term)
-        found = [
+        results = [
             {
                 "id": f"id-{i}",
                 "title": f"{term} {i}",
@@ -217,7 +217,7 @@ class LocalSite:
             for i in range((page - 1) * size, min(page * size, n_results))
         ]
         return json.dumps(
-            {"result_count": n_results, "page_count": -(-n_results // size), "page_size": size, "page": page, "results": found}
+            {"result_count": n_results, "page_count": -(-n_results // size), "page_size": size, "page": page, "results": results}
         )
 
     def commons(self, query: dict) -> str:
@@ -309,9 +309,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif path == "/robots.txt":
                 self.reply(site.robots, "text/plain")
             elif path.startswith(("/pictures/", "/private/")):
-                self.reply(draw_car(path))
+                self.reply(render_car(path))
             elif path.startswith("/img/"):
-                self.reply(draw_car(path, SIZES[path.split("/")[2]][1]))
+                self.reply(render_car(path, SIZES[path.split("/")[2]][1]))
             elif path == "/v1/images/":
                 self.reply(site.openverse(query), "application/json")
             elif path == "/w/api.php":
@@ -349,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def misbehave(self, fault: str) -> None:
         """Do one thing wrong."""
-        site, picture = self.site, draw_car(fault)
+        site, picture = self.site, render_car(fault)
         with site.lock:
             site.tried[fault] += 1
             first, second = site.tried[fault] == 1, site.tried[fault] == 2

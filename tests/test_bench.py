@@ -69,9 +69,9 @@ def test_mistakes_are_told_before_anything_is_timed(arguments, reason, capsys, m
 def test_a_peer_that_fails_does_not_end_the_others():
     """One cannot take part, one breaks at the start, one is killed while it waits; the reasons are told."""
     with tqdm(disable=True) as bar:
-        found = bench.run_turns(["torch-mimicry", "matrix product"], bench_peers.Work(16, 4, 2, "cpu"), 2, 0, 1, bar)
+        results = bench.run_turns(["torch-mimicry", "matrix product"], bench_peers.Work(16, 4, 2, "cpu"), 2, 0, 1, bar)
         broken = bench.run_turns(["plain"], bench_peers.Work(16, 4, 2, "nowhere"), 1, 0, 1, bar)
-    assert "torch-mimicry" in found["torch-mimicry"]["absent"] and len(found["matrix product"]["turns"]) == 2
+    assert "torch-mimicry" in results["torch-mimicry"]["absent"] and len(results["matrix product"]["turns"]) == 2
     assert broken["plain"]["failed"].startswith("RuntimeError: ") and not bench.make_rows(broken, bench_peers.Work(16, 4, 2, "nowhere"))
     child = bench.Child("matrix product", bench_peers.Work(16, 4, 2, "cpu"), 1)
     assert child.hear()["tflop"] > 0

@@ -47,8 +47,8 @@ def cars(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_help_comes_within_a_second_and_without_torch(name, tmp_path):
     """CPU seconds are measured, since other work may share the machine."""
-    code = "import sys; from carproto.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
-    line = [sys.executable, "-c", code]
+    latent = "import sys; from carproto.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    line = [sys.executable, "-c", latent]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*line, *([name] if name else []), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -103,10 +103,10 @@ LABELLING = """
 import tempfile
 from pathlib import Path
 from carproto.labelling import LabelPanel, read_labels
-from carproto.views import draw_views
+from carproto.views import render_views
 
 folder = Path(tempfile.mkdtemp())
-for i, image in enumerate(draw_views(9, 32, seed=3)[0]):
+for i, image in enumerate(render_views(9, 32, seed=3)[0]):
     to_picture(image).save(folder / f"{i}.png")
 panel = LabelPanel(folder)
 panel
@@ -148,9 +148,9 @@ def machine(widgets, tmp_path) -> Path:
         target.parent.mkdir(exist_ok=True)
         ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "records")
         shutil.copytree(ROOT / part, target, ignore=ignore) if (ROOT / part).is_dir() else shutil.copy(ROOT / part, target)
-    own, = (tmp_path / "python").glob("lib/python*/site-packages")
+    own_part, = (tmp_path / "python").glob("lib/python*/site-packages")
     # a path in a .pth file counts after the folder that it is in; .pth files of that path, such as the one that shows carproto, are not read
-    (own / "shared.pth").write_text(f"{widgets}\n{sysconfig.get_paths()['purelib']}\n")
+    (own_part / "shared.pth").write_text(f"{widgets}\n{sysconfig.get_paths()['purelib']}\n")
     (tmp_path / "content").mkdir()
     return tmp_path
 
@@ -173,8 +173,8 @@ def run_cells(cells: list[str], machine: Path) -> str:
     """Run cells in a kernel of the machine; return what they printed."""
     path = machine / "cells.ipynb"
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in cells]), path)
-    places = {"HOME": str(machine), "CARPROTO_CACHE": str(machine / "cache"), "JUPYTER_PATH": "", "MPLBACKEND": "agg"}
-    environment = {**os.environ, **places, "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
+    points = {"HOME": str(machine), "CARPROTO_CACHE": str(machine / "cache"), "JUPYTER_PATH": "", "MPLBACKEND": "agg"}
+    environment = {**os.environ, **points, "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("PYTHONPATH", None)
     start = time.monotonic()
     line = [machine / "python" / "bin" / "python", "-c", DRIVER, path, machine]
@@ -194,12 +194,12 @@ def test_quickstart_and_panels(machine):
 def test_your_cars(machine):
     """The whole way in a folder of its own, since Drive is refused, with photos from a local web; then again from the top on an empty disk."""
     setup, *cells = cells_of("02_your_cars.ipynb", machine)
-    place = next(i for i, cell in enumerate(cells) if "def sort_photos" in cell)
+    position = next(i for i, cell in enumerate(cells) if "def sort_photos" in cell)
     with LocalSite() as site:
         scraping = [LOCAL_WEB.format(url=site.url), find_code("02_your_cars.ipynb", machine, "scrape(Scrape(")[0], SCRAPED]
         again = ["shutil.rmtree(disk)", *cells, IS_COLAB.format(content=str(machine / "content"))]
-        told = run_cells([AS_IN_COLAB, setup, *cells[:place], *scraping, *cells[place:], *again], machine)
-    assert told.count("going on without Drive (mount failed)") == 2
+        text = run_cells([AS_IN_COLAB, setup, *cells[:position], *scraping, *cells[position:], *again], machine)
+    assert text.count("going on without Drive (mount failed)") == 2
     home = machine / "content" / "my_cars"
     assert (home / "pair.zip").exists() and (home / "blend" / "recipe.json").exists()
     assert len((home / "short" / "sessions.jsonl").read_text().splitlines()) == 4, "the second time, runs must go on"

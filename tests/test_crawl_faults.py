@@ -23,22 +23,22 @@ for name in ("requests", "protego", "selectolax"):
     pytest.importorskip(name)
 
 from carproto.core import CarprotoError  # noqa: E402
-from carproto.crawl import Record, crawl, export_url_list, read_manifest, write_data_card  # noqa: E402
+from carproto.crawl import PhotoRecord, crawl, export_url_list, read_manifest, write_data_card  # noqa: E402
 from carproto.fetch import Fetcher  # noqa: E402
-from carproto.guard import FetchError, find_private, read_picture  # noqa: E402
-from carproto.manifest import Manifest, read_lines  # noqa: E402
+from carproto.guard import FetchError, check_picture, find_private  # noqa: E402
+from carproto.manifest import Manifest, read_json_lines  # noqa: E402
 from carproto.search import (  # noqa: E402
     _launch,
-    read_google,
+    parse_google,
     render_page,
     search_commons,
     search_images,
     search_openverse,
 )
-from carproto.sources import crawl_car_connection, read_links, read_photos, read_specs  # noqa: E402
+from carproto.sources import crawl_car_connection, parse_links, parse_photos, parse_specs  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from local_site import LocalSite, draw_car, flat_png, gzip_bomb  # noqa: E402
+from local_site import LocalSite, flat_png, gzip_bomb, render_car  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ GOOD = ["busy.jpg", "twice-500.jpg", "cut-once.jpg", "wrong-type.jpg", "superscr
 def test_a_good_picture_arrives_intact(site, fault):
     site.tried.clear()
     start = time.monotonic()
-    assert hasty().get_picture(f"{site.url}/faults/{fault}").content == draw_car(fault)
+    assert hasty().get_picture(f"{site.url}/faults/{fault}").content == render_car(fault)
     if fault == "busy.jpg":
         assert 1 <= time.monotonic() - start < 5, "Retry-After: 1 is to be honoured"
 
@@ -82,14 +82,14 @@ def test_a_good_picture_arrives_intact(site, fault):
 @pytest.mark.parametrize("fault", ["moved.jpg", "bomb-on-the-way.jpg", "endless-on-the-way.jpg"])
 def test_a_redirect_is_followed_and_its_body_is_not_read(site, fault):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
-    assert hasty().get_picture(f"{site.url}/faults/{fault}").content == draw_car("/pictures/moved.jpg")
+    assert hasty().get_picture(f"{site.url}/faults/{fault}").content == render_car("/pictures/moved.jpg")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # kilobytes, of 60,000 unpacked
     assert time.monotonic() - start < 0.9  # the session allows a second
 
 
 def test_a_redirect_in_another_encoding_is_followed(site):
     picture = hasty().get_picture(f"{site.url}/faults/latin-location.jpg")
-    assert picture.content == draw_car("/pictures/\ufffd.jpg")
+    assert picture.content == render_car("/pictures/\ufffd.jpg")
 
 
 # A bad one ends in an error that names the reason, in bounded time.
@@ -193,12 +193,12 @@ def test_an_exemption_holds_for_the_address_and_port_that_were_private_at_the_st
     with LocalSite() as neighbour:
         monkeypatch.setattr(site, "elsewhere", f"{neighbour.url}/pictures/1.jpg")
         narrow, wide = hasty(allow_private=[f"{site.url}/cars"]), hasty(allow_private=["127.0.0.1"])
-        assert narrow.get_picture(f"{site.url}/pictures/1.jpg").content == draw_car("/pictures/1.jpg")
+        assert narrow.get_picture(f"{site.url}/pictures/1.jpg").content == render_car("/pictures/1.jpg")
         for url in (f"{site.url}/faults/other-port.jpg", f"{neighbour.url}/pictures/1.jpg"):
             with pytest.raises(FetchError, match="private network"):
                 narrow.get(url)
         assert not neighbour.log
-        assert wide.get_picture(f"{site.url}/faults/other-port.jpg").content == draw_car("/pictures/1.jpg")
+        assert wide.get_picture(f"{site.url}/faults/other-port.jpg").content == render_car("/pictures/1.jpg")
 
     real, address = socket.getaddrinfo, "93.184.215.14"
 
@@ -213,7 +213,7 @@ def test_an_exemption_holds_for_the_address_and_port_that_were_private_at_the_st
     private = hasty(allow_private=[f"http://cars.example:{site.port}"])
     with pytest.raises(FetchError, match="private network"):
         public.get(f"http://cars.example:{site.port}/pictures/1.jpg")
-    assert private.get(f"http://cars.example:{site.port}/pictures/1.jpg")[1] == draw_car("/pictures/1.jpg")
+    assert private.get(f"http://cars.example:{site.port}/pictures/1.jpg")[1] == render_car("/pictures/1.jpg")
 
 
 def test_a_dead_host_is_left_alone():
@@ -236,7 +236,7 @@ def test_a_proxy_opens_no_way_into_the_house(site, monkeypatch):
         hasty(allow_private=False).get("http://10.0.0.1/pictures/1.jpg", obey_robots=False)
     assert sum(site.log.values()) == asked
     fetcher = hasty(retries=0, allow_private=["cars.invalid"])
-    assert fetcher.get("http://cars.invalid/pictures/1.jpg", obey_robots=False)[1] == draw_car("/pictures/1.jpg")
+    assert fetcher.get("http://cars.invalid/pictures/1.jpg", obey_robots=False)[1] == render_car("/pictures/1.jpg")
 
 
 def test_a_site_that_shows_the_door_is_left_alone(site, monkeypatch):
@@ -285,7 +285,7 @@ def test_closed_doors_are_not_knocked_at(site):
 def test_a_site_that_asks_for_too_long_a_pause_is_left(tmp_path, pause, asked):
     with LocalSite() as site, LocalSite() as other:
         site.robots = f"User-agent: *\nCrawl-delay: {pause}\n"
-        records = [Record(f"{place.url}/pictures/{i}.jpg") for i in range(3) for place in (site, other)]
+        records = [PhotoRecord(f"{position.url}/pictures/{i}.jpg") for i in range(3) for position in (site, other)]
         start = time.monotonic()
         summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
         assert time.monotonic() - start < 3 and site.log == {"/robots.txt": 1}
@@ -328,8 +328,8 @@ def test_every_address_is_accounted_for(site, tmp_path):
     escaped = ["/pictures/t ü.jpg", "/pictures/t%20%c3%bc.jpg"]
     bad = {f"/faults/{fault}": expected for fault, expected in BAD.items() if fault != "away.jpg"}
     bad |= {f"/faults/{fault}": ("no answer in time", False) for fault in SLOW} | {"/a/../private/1.jpg": ("robots.txt", True)}
-    records = [Record(url, page=f"{site.url}/", licence="CC0") for url in [*spellings, *good, *escaped, *bad]]
-    records += [Record("", page=f"{site.url}/nameless"), Record("ftp://a.example/1.jpg"), FetchError("no photos on the page", f"{site.url}/p")]
+    records = [PhotoRecord(url, page=f"{site.url}/", licence="CC0") for url in [*spellings, *good, *escaped, *bad]]
+    records += [PhotoRecord("", page=f"{site.url}/nameless"), PhotoRecord("ftp://a.example/1.jpg"), FetchError("no photos on the page", f"{site.url}/p")]
     random.Random(0).shuffle(records)
     summary = crawl(records, tmp_path / "cars", hasty(retries=2), quiet=True)
     rows = {row["url"].removeprefix(site.url): row for row in read_manifest(tmp_path / "cars")}
@@ -339,7 +339,7 @@ def test_every_address_is_accounted_for(site, tmp_path):
     for row in rows.values():
         content = (tmp_path / "cars" / row["file_name"]).read_bytes()
         assert sha256(content).hexdigest() == row["sha256"] and len(content) == row["bytes"] and row["licence"] == "CC0" and row["page"]
-    errors = {row["url"].removeprefix(site.url): row for row in read_lines(tmp_path / "cars" / "errors.jsonl")[0]}
+    errors = {row["url"].removeprefix(site.url): row for row in read_json_lines(tmp_path / "cars" / "errors.jsonl")[0]}
     bad["/private/1.jpg"] = bad.pop("/a/../private/1.jpg")
     assert set(errors) == {*bad, "/nameless", "ftp://a.example/1.jpg", "/p"} and sum(summary.failed.values()) == len(errors)
     assert {url: (expected[0] in errors[url]["reason"], errors[url]["permanent"]) for url, expected in bad.items()} == {
@@ -353,18 +353,18 @@ def test_every_address_is_accounted_for(site, tmp_path):
 
 
 def test_whatever_escapes_from_a_picture_is_recorded(site, tmp_path, monkeypatch):
-    real = read_picture
+    real = check_picture
 
     def fail(content, **options):
-        if content == draw_car("/pictures/odd-1.jpg"):
+        if content == render_car("/pictures/odd-1.jpg"):
             raise RecursionError("nested too deep")
         return real(content, **options)
 
-    monkeypatch.setattr("carproto.fetch.read_picture", fail)
-    records = [Record(f"{site.url}/pictures/odd-{i}.jpg") for i in range(4)] + [Record(7), Record(["x"])]
+    monkeypatch.setattr("carproto.fetch.check_picture", fail)
+    records = [PhotoRecord(f"{site.url}/pictures/odd-{i}.jpg") for i in range(4)] + [PhotoRecord(7), PhotoRecord(["x"])]
     summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
     assert summary.saved == 3 and summary.n_failed == 3
-    errors = {row["url"]: row for row in read_lines(tmp_path / "cars" / "errors.jsonl")[0]}
+    errors = {row["url"]: row for row in read_json_lines(tmp_path / "cars" / "errors.jsonl")[0]}
     caught = errors[f"{site.url}/pictures/odd-1.jpg"]
     assert caught["reason"] == "unforeseen RecursionError (nested too deep)" and caught["permanent"] is False
     assert "unforeseen TypeError" in errors["7"]["reason"] and "unforeseen AttributeError" in errors["['x']"]["reason"]
@@ -374,14 +374,14 @@ def test_whatever_escapes_from_a_page_is_recorded(site, tmp_path, monkeypatch):
     def fail(page):
         raise error
 
-    monkeypatch.setattr("carproto.sources.read_specs", fail)
-    places = {"makes": ["Volvo"], "base_url": site.url, "image_url": f"{site.url}/img/", "quiet": True}
+    monkeypatch.setattr("carproto.sources.parse_specs", fail)
+    points = {"makes": ["Volvo"], "base_url": site.url, "image_url": f"{site.url}/img/", "quiet": True}
     error = MemoryError("no more")
-    summary = crawl_car_connection(tmp_path / "cars", fetcher=hasty(), **places)
+    summary = crawl_car_connection(tmp_path / "cars", fetcher=hasty(), **points)
     assert summary.saved == 12 and summary.failed == {"unforeseen MemoryError (no more)": 3}
     error = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
-        crawl_car_connection(tmp_path / "more", fetcher=hasty(), **places)
+        crawl_car_connection(tmp_path / "more", fetcher=hasty(), **points)
 
 
 HOSTILE_PAGES = {
@@ -399,8 +399,8 @@ def test_a_hostile_page_of_facts_stops_nothing(tmp_path, fault):
         site.specifications = lambda make, model, year: page
         start = time.monotonic()
         fetcher = hasty(max_bytes=30_000_000, total_timeout=5)
-        places = {"makes": ["Volvo"], "base_url": site.url, "image_url": f"{site.url}/img/"}
-        summary = crawl_car_connection(tmp_path / "cars", fetcher=fetcher, quiet=True, **places)
+        points = {"makes": ["Volvo"], "base_url": site.url, "image_url": f"{site.url}/img/"}
+        summary = crawl_car_connection(tmp_path / "cars", fetcher=fetcher, quiet=True, **points)
         assert summary.saved == 12 and time.monotonic() - start < 15
     expected = [reason] * 3 if reason else []
     assert [part in why for why, part in zip(summary.failed.elements(), expected)] == [True] * summary.n_failed
@@ -415,9 +415,9 @@ DEEP = ["[" * 100_000, '{"query":' * 100_000, '{"query": {"pages": [' + "[" * 90
 def test_a_hostile_answer_of_one_service_leaves_the_other(tmp_path, answer):
     with LocalSite() as site:
         site.commons = lambda query: answer
-        found = list(search_images("concept car", fetcher=hasty(), base_url=site.url))
-    assert sum(isinstance(result, Record) for result in found) == 45
-    assert 1 <= sum(isinstance(result, FetchError) for result in found) <= 2
+        results = list(search_images("concept car", fetcher=hasty(), base_url=site.url))
+    assert sum(isinstance(result, PhotoRecord) for result in results) == 45
+    assert 1 <= sum(isinstance(result, FetchError) for result in results) <= 2
 
 
 def test_a_search_without_end_ends(monkeypatch):
@@ -431,13 +431,13 @@ def test_a_search_without_end_ends(monkeypatch):
             return json.dumps(json.loads(whole({**query, "gsroffset": ["0"]})) | more)
 
         site.commons = commons
-        found = list(search_images("car", source="commons", fetcher=hasty(), base_url=site.url))
+        results = list(search_images("car", source="commons", fetcher=hasty(), base_url=site.url))
         assert sum(site.log.values()) == 6
-    assert "goes on after 5 answers" in found[-1].reason
+    assert "goes on after 5 answers" in results[-1].reason
 
 
 def test_half_characters_do_no_harm(site, tmp_path):
-    records = [Record(f"{site.url}/pictures/half.jpg", title="car \ud83d", page="\udc80"), Record(f"{site.url}/\ud800.jpg")]
+    records = [PhotoRecord(f"{site.url}/pictures/half.jpg", title="car \ud83d", page="\udc80"), PhotoRecord(f"{site.url}/\ud800.jpg")]
     for known in (0, 1):
         summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
         assert (summary.saved, summary.known) == (1 - known, known) and summary.n_failed + summary.given_up == 1
@@ -450,7 +450,7 @@ def test_half_characters_do_no_harm(site, tmp_path):
 
 def test_a_site_that_goes_down_is_gone_on_with(tmp_path):
     with LocalSite() as first:
-        records = [Record(f"{first.url}/pictures/{i}.jpg") for i in range(40)]
+        records = [PhotoRecord(f"{first.url}/pictures/{i}.jpg") for i in range(40)]
         half = crawl(records[:20], tmp_path / "cars", hasty(retries=0), quiet=True)
     down = crawl(records, tmp_path / "cars", hasty(retries=0), quiet=True)
     assert (half.saved, down.known, down.n_failed) == (20, 20, 20)
@@ -491,7 +491,7 @@ def test_a_full_disk_stops_the_crawl_and_loses_nothing(site, tmp_path, monkeypat
 
         return write
 
-    records, cars = [Record(f"{site.url}/pictures/full-{i}.jpg") for i in range(20)], tmp_path / "cars"
+    records, cars = [PhotoRecord(f"{site.url}/pictures/full-{i}.jpg") for i in range(20)], tmp_path / "cars"
     opened = Manifest.__init__
 
     def open_full(self, folder):
@@ -514,7 +514,7 @@ def test_a_full_disk_stops_the_crawl_and_loses_nothing(site, tmp_path, monkeypat
 
 
 def test_pictures_that_a_power_cut_shortened_are_fetched_anew(site, tmp_path):
-    records = [Record(f"{site.url}/pictures/cut-{i}.jpg") for i in range(6)]
+    records = [PhotoRecord(f"{site.url}/pictures/cut-{i}.jpg") for i in range(6)]
     crawl(records, tmp_path / "cars", hasty(), quiet=True)
     paths = [tmp_path / "cars" / row["file_name"] for row in read_manifest(tmp_path / "cars")]
     whole = [path.read_bytes() for path in paths]
@@ -528,7 +528,7 @@ def test_pictures_that_a_power_cut_shortened_are_fetched_anew(site, tmp_path):
 
 
 def test_the_bar_tells_rate_errors_and_time_left(site, tmp_path, capsys):
-    records = [Record(f"{site.url}/pictures/bar-{i}.jpg") for i in range(8)] + [Record(f"{site.url}/faults/gone.jpg")]
+    records = [PhotoRecord(f"{site.url}/pictures/bar-{i}.jpg") for i in range(8)] + [PhotoRecord(f"{site.url}/faults/gone.jpg")]
     crawl(records, tmp_path / "cars", hasty(delay=0.1))
     bars = capsys.readouterr().err.split("\r")
     assert "9/9" in bars[-1] and "errors=1" in bars[-1]
@@ -543,11 +543,11 @@ def damage(value, dice: random.Random):
     if not isinstance(value, (dict, list)) or not value or dice.random() < 0.1:
         return dice.choice([None, "", 7, [], {}, [None], "text", {"a": 1}])
     value = value.copy()
-    place = dice.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    position = dice.choice(list(value) if isinstance(value, dict) else range(len(value)))
     if dice.random() < 0.2:
-        del value[place]
+        del value[position]
     else:
-        value[place] = damage(value[place], dice)
+        value[position] = damage(value[position], dice)
     return value
 
 
@@ -556,31 +556,31 @@ def test_readers_survive_damaged_pages(site):
     pages = [site.car_pages(path) for path in ("/specifications/audi_a4_2020", "/photos/audi_a4_2020", "/new-cars")] + [site.google()]
     for _ in range(300):
         page = damage(dice.choice(pages), dice)
-        read_specs(page), read_photos(page), read_links(page, site.url, "a.add-zip")
+        parse_specs(page), parse_photos(page), parse_links(page, site.url, "a.add-zip")
         try:
-            assert all(record.url for record in read_google(page))
+            assert all(record.url for record in parse_google(page))
         except FetchError:
             pass
     answers = {search_commons: json.loads(site.commons({"gsrsearch": ["car"]})), search_openverse: json.loads(site.openverse({"q": ["car"]}))}
-    n_read = 0
+    n_parsed = 0
     for _ in range(300):
         search, answer = dice.choice(list(answers.items()))
         fetcher = hasty()
         text = json.dumps(damage(answer, dice))
         fetcher.get_text = lambda url, text=text, **options: text
         try:
-            _, found = next(search("car", fetcher, site.url))
-            n_read += len(found)
-            assert all(isinstance(getattr(result, "url", None), str) for result in found)
+            _, results = next(search("car", fetcher, site.url))
+            n_parsed += len(results)
+            assert all(isinstance(getattr(result, "url", None), str) for result in results)
         except FetchError:
             pass
-    assert n_read > 1000
+    assert n_parsed > 1000
 
 
 def test_ten_thousand_links_are_read_at_once():
     page = json.dumps([f"http://img.example/sml/car_{i % 7000}_s.jpg" for i in range(10_000)]).replace("/", "\\/")
     start = time.monotonic()
-    assert len(read_photos(page, "large")) == 7000
+    assert len(parse_photos(page, "large")) == 7000
     assert time.monotonic() - start < 2
 
 
@@ -589,16 +589,16 @@ def test_ten_thousand_links_become_each_picture_once(site, tmp_path):
     links = [f"{site.url}/img/{name}/{photo}_{letter}.jpg" for photo in names for name, letter in zip(("sml", "med", "lrg"), "sml")]
     page = json.dumps((links * 12)[:10_000]).replace("/", "\\/")
     site.log.clear()
-    found = read_photos(page, "small")
-    records = [Record(url) for url in found + [link for link in links * 33 if "/sml/" in link]]
+    results = parse_photos(page, "small")
+    records = [PhotoRecord(url) for url in results + [link for link in links * 33 if "/sml/" in link]]
     summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
-    assert len(found) == 300 and (summary.saved, summary.repeated, summary.n_failed) == (300, 9900, 0)
+    assert len(results) == 300 and (summary.saved, summary.repeated, summary.n_failed) == (300, 9900, 0)
     assert site.log == {"/robots.txt": 1, **{f"/img/sml/{name}_s.jpg": 1 for name in names}}
 
 
 def test_memory_stays_flat(site, tmp_path):
     def records(first: int, n: int):
-        yield from (Record(f"{site.url}/img/lrg/many-{i}_l.jpg") for i in range(first, first + n))
+        yield from (PhotoRecord(f"{site.url}/img/lrg/many-{i}_l.jpg") for i in range(first, first + n))
 
     crawl(records(0, 60), tmp_path / "cars", hasty(), quiet=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -657,7 +657,7 @@ def test_kill_nine_changes_nothing(tmp_path):
 
         def crawl_too() -> None:
             with pytest.raises(CarprotoError, match="another crawl or curation is writing"):
-                crawl([Record(f"{site.url}/pictures/1.jpg")], folder, hasty(), quiet=True)
+                crawl([PhotoRecord(f"{site.url}/pictures/1.jpg")], folder, hasty(), quiet=True)
 
         settled, dice = {}, random.Random(time.time_ns())
         assert run(folder, 1, crawl_too) == -signal.SIGKILL
@@ -678,13 +678,13 @@ def test_kill_nine_changes_nothing(tmp_path):
         assert len(rows) == 68 and rows == expected
         assert all(sha256((folder / row["file_name"]).read_bytes()).hexdigest() == row["sha256"] for row in rows)
         assert {path.name for path in (folder / "images").iterdir()} == {Path(row["file_name"]).name for row in rows}
-        errors = [[(row["url"], row["reason"]) for row in read_lines(target / "errors.jsonl")[0]] for target in (folder, whole)]
+        errors = [[(row["url"], row["reason"]) for row in read_json_lines(target / "errors.jsonl")[0]] for target in (folder, whole)]
         assert errors[0] == errors[1] and len(errors[0]) == 2
 
 
 def test_an_interrupt_stops_soon_and_can_be_resumed(site, tmp_path):
     def records():
-        yield from (Record(f"{site.url}/pictures/int-{i}.jpg") for i in range(20))
+        yield from (PhotoRecord(f"{site.url}/pictures/int-{i}.jpg") for i in range(20))
         raise KeyboardInterrupt
 
     fetcher = hasty(delay=0.2)
@@ -692,7 +692,7 @@ def test_an_interrupt_stops_soon_and_can_be_resumed(site, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         crawl(records(), tmp_path / "cars", fetcher, quiet=True)
     assert time.monotonic() - start < 3
-    rest = [Record(f"{site.url}/pictures/int-{i}.jpg") for i in range(20)]
+    rest = [PhotoRecord(f"{site.url}/pictures/int-{i}.jpg") for i in range(20)]
     assert crawl(rest, tmp_path / "cars", hasty(), quiet=True).saved > 0
     assert len(read_manifest(tmp_path / "cars")) == 20
 
@@ -723,8 +723,8 @@ def test_scrape_and_curate_as_console_commands(site, tmp_path):
         return done.stdout
 
     site.agents.clear()
-    places = ["--base_url", site.url, "--image_url", f"{site.url}/img/", "--delay", "0"]
-    line = ["scrape", "car-connection", "--folder", "cars", "--makes", "Audi", "BMW", "--contact", "me@example.org", *places]
+    points = ["--base_url", site.url, "--image_url", f"{site.url}/img/", "--delay", "0"]
+    line = ["scrape", "car-connection", "--folder", "cars", "--makes", "Audi", "BMW", "--contact", "me@example.org", *points]
     printed = run(*line, "--url_list", "cars.csv")
     assert "32 new pictures" in printed and "img2dataset --url_list cars.csv" in printed and "carproto curate cars" in printed
     assert "Audi | 24" in (tmp_path / "cars" / "DATA_CARD.md").read_text() and all("me@example.org" in agent for agent in site.agents)
@@ -745,7 +745,7 @@ def test_scrape_searches_and_lists(site, tmp_path, capsys):
     asked = site.log.copy()
     addresses = tmp_path / "list.jsonl"
     assert scrape(*search, "--folder", tmp_path / "listed", "--limit", 8, "--list_only", "--url_list", addresses) == 0
-    assert len(read_lines(addresses)[0]) == 8 and not any("/pictures/" in path for path in site.log - asked)
+    assert len(read_json_lines(addresses)[0]) == 8 and not any("/pictures/" in path for path in site.log - asked)
     capsys.readouterr()
     for line, expected in {
         ("elsewhere",): "choose car-connection or search",
@@ -812,8 +812,8 @@ def test_the_browser_runs_in_its_sandbox_where_there_is_one():
                 raise playwright.Error(self.errors.pop())
             return "browser"
 
-    usual = Chromium()
-    assert asyncio.run(_launch(usual, "http://127.0.0.1:1", None)) == "browser" and usual.asked == [True]
+    error_p99 = Chromium()
+    assert asyncio.run(_launch(error_p99, "http://127.0.0.1:1", None)) == "browser" and error_p99.asked == [True]
     root = Chromium("Running as root without --no-sandbox is not supported")
     with pytest.warns(UserWarning, match="no sandbox here"):
         assert asyncio.run(_launch(root, "http://127.0.0.1:1", None)) == "browser"
@@ -828,7 +828,7 @@ def test_google_says_no_in_many_ways(site):
     pages = {name: hasty(retries=0, delay=0)._session.get(f"{site.url}/{name}/search").text for name in ("captcha", "consent", "recipe")}
     for name, meaning in {"captcha": "asks for a captcha", "consent": "consent to cookies", "recipe": "its form has changed"}.items():
         with pytest.raises(FetchError, match=meaning):
-            read_google(pages[name])
+            parse_google(pages[name])
     with pytest.raises(CarprotoError, match="answered 429; save the result page"):
         fetcher = hasty(retries=0)
         fetcher._check_robots = lambda url: None

@@ -116,8 +116,8 @@ def test_two_sets_agree_whatever_was_run_before(cars, tmp_path):
     ToyCars(3, 256, seed=7, start=10).save(other)
     for _ in range(2):
         curate(cars, against=other, quiet=True)
-        kept = [row["file_name"] for row in lines(cars) if row["keep"]]
-        assert len(kept) == 37 and not any(row.get("keep") is False for row in lines(other))
+        selected = [row["file_name"] for row in lines(cars) if row["keep"]]
+        assert len(selected) == 37 and not any(row.get("keep") is False for row in lines(other))
     ToyCars(1, 64, seed=7, start=20).save(tmp_path / "small")
     curate(cars, against=tmp_path / "small", quality={"min_side": None}, quiet=True)
     assert lines(tmp_path / "small")[0]["copy_of"] == "../cars/images/toy_000020.png"

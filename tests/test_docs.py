@@ -38,7 +38,7 @@ class Page:
 
     prose: str  # Markdown that is not code, of cells and outputs
     all_text: str  # everything, code and printed output included
-    told: str  # Markdown of cells alone, as it was written
+    text: str  # Markdown of cells alone, as it was written
     output: str  # name of the page, such as train.html
 
     @property
@@ -62,7 +62,7 @@ def to_anchor(heading: str) -> str:
 
 def read_page(path: Path) -> Page:
     """Read what nbdev made of a notebook."""
-    prose, everything, told, output = [], [], [], ""
+    prose, everything, text, output = [], [], [], ""
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell.get("source") or "")
         everything.append(source)
@@ -70,12 +70,12 @@ def read_page(path: Path) -> Page:
             output = yaml.safe_load(source.strip().strip("-"))["output-file"]
         if cell["cell_type"] == "markdown":
             prose.append(source)
-            told.append(source)
-        for found in cell.get("outputs", []):
-            data = found.get("data", {})
-            everything += ["".join(value) for kind, value in [*data.items(), ("text", found.get("text", ""))] if not kind.startswith("image/")]
+            text.append(source)
+        for results in cell.get("outputs", []):
+            data = results.get("data", {})
+            everything += ["".join(value) for kind, value in [*data.items(), ("text", results.get("text", ""))] if not kind.startswith("image/")]
             prose += ["".join(data[kind]) for kind in ("text/markdown", "text/html") if kind in data]
-    return Page(drop_code("\n\n".join(prose)), "\n".join(everything), drop_fences("\n\n".join(told)), output)
+    return Page(drop_code("\n\n".join(prose)), "\n".join(everything), drop_fences("\n\n".join(text)), output)
 
 
 def drop_fences(markdown: str) -> str:
@@ -97,8 +97,8 @@ def find_dead_links(pages: dict[str, Page], folder: Path, repository: Path) -> l
         for link in page.links:
             target, _, anchor = link.partition("#")
             if target.startswith(SITE):
-                found = by_output.get(target.removeprefix(SITE).strip("/") or "index.html")
-                if found is None or (anchor and anchor not in found.anchors | {to_anchor(heading) for heading in found.anchors}):
+                results = by_output.get(target.removeprefix(SITE).strip("/") or "index.html")
+                if results is None or (anchor and anchor not in results.anchors | {to_anchor(heading) for heading in results.anchors}):
                     dead.append(f"{name}: {link}")
             elif target.startswith((REPOSITORY, COLAB)):
                 inside = re.match(r".*?/(?:blob|tree)/main/(.+)", target)
@@ -126,7 +126,7 @@ def find_untold(modules: list[Path], pages: dict[str, Page]) -> list[str]:
     for module in modules:
         page, (entries, others) = by_output[f"{module.stem}.html"], public_names(module)
         missing = [name for name in entries if to_anchor(name) not in page.anchors]
-        missing += [name for name in others if f"`{name}`" not in page.told]
+        missing += [name for name in others if f"`{name}`" not in page.text]
         untold += [f"{module.stem}.{name}" for name in missing]
     return untold
 
@@ -158,11 +158,11 @@ def pages(docs) -> dict[str, Page]:
 
 def test_every_notebook_becomes_a_page(docs, pages):
     """A cell that fails, whatever its flags, ends the making of its page."""
-    tree, told = docs
+    tree, text = docs
     lost = {path.relative_to(tree / "nbs").as_posix() for path in (tree / "nbs").rglob("*.ipynb")} - set(pages)
-    assert not lost, f"no page was made of {sorted(lost)}: {told[-3000:]}"
-    assert "Error in notebook" not in told and "Traceback" not in told, told[-3000:]
-    mixed = re.findall(r"Found cells containing imports and other code.*?\n---\n(.*?)\n---\n", told, re.DOTALL)
+    assert not lost, f"no page was made of {sorted(lost)}: {text[-3000:]}"
+    assert "Error in notebook" not in text and "Traceback" not in text, text[-3000:]
+    mixed = re.findall(r"Found cells containing imports and other code.*?\n---\n(.*?)\n---\n", text, re.DOTALL)
     assert not mixed, f"imports need a cell of their own, since nbdev runs all that stands with them: {mixed}"
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from carproto.core import to_picture
-from carproto.labelling import KEYS, labels_file, read_labels
-from carproto.manifest import read_lines
-from carproto.views import draw_views
+from carproto.labelling import KEYS, labels_path, read_labels
+from carproto.manifest import read_json_lines
+from carproto.views import render_views
 
 sys.path.insert(0, str(Path(__file__).parent))
 from jupyter import SHOTS, browser, check_layout, open_notebook, serve_lab, show_in, write_notebook  # noqa: E402, F401
@@ -27,7 +27,7 @@ def photos(tmp_path_factory) -> Path:
     """A folder of toy cars, and one file that is no picture; the truth is in their names."""
     folder = tmp_path_factory.mktemp("labelling") / "cars"
     folder.mkdir()
-    cars, views = draw_views(N, 64, seed=2)
+    cars, views = render_views(N, 64, seed=2)
     for i, (car, view) in enumerate(zip(cars, views)):
         to_picture(car).resize((144, 96)).save(folder / f"car_{i:02d}_{view}.jpg", quality=92)
     (folder / "car_99_none.jpg").write_text("<html>not found</html>")
@@ -109,18 +109,18 @@ def test_undo_by_button_and_key(page, photos):
     page.keyboard.press("0")
     wait_for_count(page, 12)
     assert shown(page) == last and last not in read_labels(photos)
-    rows, broken = read_lines(labels_file(photos))
+    rows, broken = read_json_lines(labels_path(photos))
     assert not broken and [row["view"] for row in rows if row["file_name"] == last] == ["other", None, "other", None]
 
 
 def test_fast_hands_label_once_each(page, photos):
     """Keys that come faster than the kernel answers are each taken once, in their order."""
-    before = len(read_lines(labels_file(photos))[0])
+    before = len(read_json_lines(labels_path(photos))[0])
     page.locator(".carproto-key input").click()
     page.keyboard.type("474", delay=25)
     wait_for_count(page, 15)
     page.wait_for_timeout(1500)
-    assert [row["view"] for row in read_lines(labels_file(photos))[0][before:]] == ["left", "rear-left", "left"]
+    assert [row["view"] for row in read_json_lines(labels_path(photos))[0][before:]] == ["left", "rear-left", "left"]
     assert page.locator(".carproto-key input").input_value() == ""
     page.keyboard.type("000", delay=25)
     wait_for_count(page, 12)

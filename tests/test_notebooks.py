@@ -34,8 +34,8 @@ def path(request) -> Path:
 
 def find_module(notebook) -> str | None:
     """Find the module that a notebook writes."""
-    found = re.search(r"^#\| default_exp (\S+)", "\n".join(cell.source for cell in notebook.cells), re.MULTILINE)
-    return found and found[1]
+    results = re.search(r"^#\| default_exp (\S+)", "\n".join(cell.source for cell in notebook.cells), re.MULTILINE)
+    return results and results[1]
 
 
 def test_notebook_is_stored_with_its_outputs(path):

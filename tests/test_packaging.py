@@ -31,11 +31,11 @@ def test_installed_requirements_are_those_of_settings():
     wanted = {(Requirement(text).name, str(Requirement(text).specifier), "") for text in SETTINGS["requirements"].split()}
     extras = {key.removesuffix("_requirements"): SETTINGS[key].split() for key in SETTINGS if key.endswith("_requirements")}
     wanted |= {(Requirement(text).name, str(Requirement(text).specifier), extra) for extra, texts in extras.items() for text in texts}
-    found = set()
+    results = set()
     for requirement in map(Requirement, distribution("carproto").requires):
         extra = re.search(r"extra == ['\"](\w+)['\"]", str(requirement.marker))
-        found.add((requirement.name, str(requirement.specifier), extra[1] if extra else ""))
-    assert wanted <= found, f"installed from older settings (remove .venv/.dev, run make again): {wanted - found}"
+        results.add((requirement.name, str(requirement.specifier), extra[1] if extra else ""))
+    assert wanted <= results, f"installed from older settings (remove .venv/.dev, run make again): {wanted - results}"
 
 
 def test_torch_is_not_pinned():

@@ -30,8 +30,8 @@ torch.save(gradients(trainer), f"{sys.argv[1]}/{trainer.processes.index}.pt")
 def make_trainer() -> Trainer:
     """A trainer whose codes are the process's own part of one fixed batch."""
     trainer = Trainer(ToyCars(24, 16, seed=0).images, CONFIG, torch.device("cpu"))
-    codes = torch.randn(CONFIG.batch, CONFIG.z_dim, generator=torch.Generator().manual_seed(5))
-    trainer.codes = lambda: codes.chunk(trainer.processes.n)[trainer.processes.index]
+    latents = torch.randn(CONFIG.batch, CONFIG.z_dim, generator=torch.Generator().manual_seed(5))
+    trainer.sample_z = lambda: latents.chunk(trainer.processes.n)[trainer.processes.index]
     return trainer
 
 
@@ -39,11 +39,11 @@ def gradients(trainer: Trainer) -> dict:
     """Gradients of one step of each network, and LeCam's means. Drawing for D uses fixed statistics, so that its batch does not matter."""
     trainer.G.eval()
     trainer.step_discriminator()
-    found = {f"D.{name}": p.grad.clone() for name, p in trainer.D.named_parameters()}
+    results = {f"D.{name}": p.grad.clone() for name, p in trainer.D.named_parameters()}
     trainer.G.train()
     trainer.step_generator()
-    found |= {f"G.{name}": p.grad.clone() for name, p in trainer.G.named_parameters()}
-    return {**found, "mean_real": trainer.lecam.mean_real, "mean_fake": trainer.lecam.mean_fake}
+    results |= {f"G.{name}": p.grad.clone() for name, p in trainer.G.named_parameters()}
+    return {**results, "mean_real": trainer.lecam.mean_real, "mean_fake": trainer.lecam.mean_fake}
 
 
 def test_two_processes_learn_what_one_with_the_whole_batch_learns(tmp_path):
@@ -58,7 +58,7 @@ def test_two_processes_learn_what_one_with_the_whole_batch_learns(tmp_path):
     again.G.eval()
     again.step_discriminator()
     again.D.eval()
-    parts = [again.D(again.G.train()(part)) for part in again.codes().chunk(2)]
+    parts = [again.D(again.G.train()(part)) for part in again.sample_z().chunk(2)]
     hinge_generator(torch.cat(parts)).backward()
     expected |= {f"G.{name}": p.grad for name, p in again.G.named_parameters()}
     for name, value in expected.items():

@@ -72,8 +72,8 @@ def notebook_path(tmp_path) -> Path:
 
 def test_generator_obeys_directives_and_moves_links(notebook_path):
     text, pictures = make_readme(notebook_path)
-    for kept in ("# title", "](nbs/00_core.ipynb)", "](LICENSE)", "](https://x.org)", "](#a)", 'src="nbs/images/a.jpg"'):
-        assert kept in text
+    for selected in ("# title", "](nbs/00_core.ipynb)", "](LICENSE)", "](https://x.org)", "](#a)", 'src="nbs/images/a.jpg"'):
+        assert selected in text
     assert "```python\nshown = 2\n```" in text and "[table](nbs/13_toycars.ipynb)" in text and "    words" in text
     for dropped in ("secret", "exported", "table()", "#|"):
         assert dropped not in text

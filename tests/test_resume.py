@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from carproto.checkpoint import list_checkpoints, load_checkpoint
-from carproto.compact import compact_run
+from carproto.compact import subspace_run
 from carproto.core import CarprotoError, RunFolder, load_json, lock_folder
 from carproto.demo import DemoPlan
 from carproto.encode import EncoderConfig, EncoderTrainer, train_encoder
@@ -35,7 +35,7 @@ PARENT = """
 import json, os, sys
 from pathlib import Path
 import torch
-from carproto.compact import compact_run
+from carproto.compact import subspace_run
 from carproto.demo import DemoPlan, run_demo
 from carproto.toycars import ToyCars
 from carproto.train import train_gan
@@ -45,7 +45,7 @@ config, images = TrainConfig(**json.loads(sys.argv[1])), ToyCars(40, 16, seed=0)
 plan = DemoPlan(**json.loads(sys.argv[2]))
 work = {
     "train": lambda folder: train_gan(images, folder, config, device="cpu", quiet=True),
-    "compact": lambda folder: compact_run(Path(folder).parent / "source", folder, 5),
+    "compact": lambda folder: subspace_run(Path(folder).parent / "source", folder, 5),
     "demo": lambda folder: run_demo(folder, plan, quiet=True),
 }
 for line in sys.stdin:
@@ -62,7 +62,7 @@ for line in sys.stdin:
     sys.stdin.readline()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-PLAN = DemoPlan(size=16, width=4, z_dim=8, z_kept=4, n_common=64, n_futuristic=40, n_heldout=32, gan_steps=20, finetune_steps=10,
+PLAN = DemoPlan(size=16, width=4, z_dim=8, z_subspace=4, n_common=64, n_futuristic=40, n_heldout=32, gan_steps=20, finetune_steps=10,
                 encoder_steps=10, invert_steps=2, n_pairs=2)  # fmt: skip
 
 
@@ -100,9 +100,9 @@ def workers():
     """One parent for all tests."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
-    found = Workers()
-    yield found
-    found.close()
+    results = Workers()
+    yield results
+    results.close()
 
 
 def last_step(run: Path) -> int:
@@ -259,7 +259,7 @@ def test_nan_in_an_old_checkpoint_falls_back(short_run):
     images, run, config = short_run
     newest = list_checkpoints(run / "checkpoints")[-1]
     state = torch.load(newest, weights_only=True)
-    state["ema"]["linear.bias"][0] = torch.inf
+    state["G_ema"]["linear.bias"][0] = torch.inf
     torch.save(state, newest)
     with pytest.warns(UserWarning, match="ema.linear.bias holds NaN"):
         assert train_gan(images, run, config, device="cpu", quiet=True).finished
@@ -301,7 +301,7 @@ def test_runs_of_another_kind_are_refused(short_run, tmp_path, generator):
     with pytest.raises(CarprotoError, match="not of an encoder's training"):
         train_encoder(generator, run, EncoderConfig(steps=1, batch=4, width=4), device="cpu", quiet=True)
     encoder = train_encoder(generator, tmp_path / "encoder", EncoderConfig(steps=1, batch=4, width=4), device="cpu", quiet=True).run
-    for start in (lambda: compact_run(encoder.path, tmp_path / "new"), lambda: finetune_freezed(encoder.path, images, tmp_path / "new")):
+    for start in (lambda: subspace_run(encoder.path, tmp_path / "new"), lambda: finetune_freezed(encoder.path, images, tmp_path / "new")):
         with pytest.raises(CarprotoError, match="train one first|no training run of a generator"):
             start()
 
@@ -314,7 +314,7 @@ def test_a_run_without_a_checkpoint_says_so(short_run, tmp_path, capsys):
     shutil.rmtree(run / "final")
     assert train_gan(images, run, config, device="cpu", quiet=True).finished
     assert "holds no checkpoint yet: the run begins at step 0" in capsys.readouterr().err
-    short = compact_run(run, tmp_path / "short", 5)
+    short = subspace_run(run, tmp_path / "short", 5)
     shutil.rmtree(short.checkpoints)
     shutil.rmtree(short.path / "final")
     with pytest.raises(CarprotoError, match="a shortened code and no checkpoint"):
@@ -383,7 +383,7 @@ def test_how_photos_became_square_goes_with_the_generator(tmp_path):
     result = train_gan(images, tmp_path / "run", config, evaluate=lambda G: {"kid": 1.0}, about=about, device="cpu", quiet=True)
     assert result.generator.fit == best_generator(tmp_path / "run", "cpu").fit == "crop"
     assert [load_json(tmp_path / "run" / name / "config.json")["fit"] for name in ("best", "final")] == ["crop", "crop"]
-    assert best_generator(compact_run(tmp_path / "run", tmp_path / "short", 5).path, "cpu").fit == "crop"
+    assert best_generator(subspace_run(tmp_path / "run", tmp_path / "short", 5).path, "cpu").fit == "crop"
 
 
 def test_a_checkpoint_of_another_network_is_refused(short_run, tmp_path):

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from carproto.blocks import ConvPool, UpConv
 from carproto.checkpoint import load_checkpoint
-from carproto.core import CarprotoError, RunFolder, draw_latents, load_json, to_picture
+from carproto.core import CarprotoError, RunFolder, load_json, sample_latents, to_picture
 from carproto.encoder import load_encoder
 from carproto.freezed import child_config, finetune_freezed
 from carproto.sngan import Generator, load_generator
@@ -44,11 +44,11 @@ def test_cell_takes_the_steps_of_finetune_freezed(parent, tmp_path):
     for _ in range(2):  # the second cell must find the parent as the first one did
         config = child_config(TrainConfig(**RunFolder(parent).config()), 2, changes)
         trainer = study_freezed.start_cell(state, config, cars)
-        trainer.take_forms(wanted["forms"])
-        study_freezed.take_steps(trainer, tqdm(disable=True))
-        for part in ("ema", "D"):
-            found = getattr(trainer, part).state_dict()
-            assert all(torch.equal(found[name], value) for name, value in wanted[part].items())
+        trainer.load_fused(wanted["fused_layers"])
+        study_freezed.run_steps(trainer, tqdm(disable=True))
+        for part in ("G_ema", "D"):
+            results = getattr(trainer, part).state_dict()
+            assert all(torch.equal(results[name], value) for name, value in wanted[part].items())
 
 
 def test_freezed_goes_on_and_keeps_to_its_choices(parent, tmp_path, capsys):
@@ -88,9 +88,9 @@ def test_parity_compares_what_it_says(tmp_path):
     study_parity.main([*options, "--seeds", "0"])
     study_parity.main([*options, "--seeds", "0", "1"])
     rows = [json.loads(line) for line in (tmp_path / "parity.jsonl").read_text().splitlines()]
-    assert [(row["seed"], row["form"]) for row in rows] == [(0, "plain"), (0, "ours"), (1, "ours"), (1, "plain")]
-    runs = {(row["seed"], row["form"]): row for row in rows}
-    assert all([place["step"] for place in row["measured"]] == [2, 4] for row in rows)
+    assert [(row["seed"], row["variant"]) for row in rows] == [(0, "plain"), (0, "ours"), (1, "ours"), (1, "plain")]
+    runs = {(row["seed"], row["variant"]): row for row in rows}
+    assert all([position["step"] for position in row["measured"]] == [2, 4] for row in rows)
     assert runs[0, "plain"]["precision"] == "fp32" and runs[0, "plain"]["n_fused"] == 0 < runs[0, "ours"]["n_fused"]
     first = {run: row["measured"][0]["kid"] for run, row in runs.items()}
     assert first[0, "plain"] == pytest.approx(first[0, "ours"], rel=0.1) != first[1, "plain"]
@@ -100,7 +100,7 @@ def test_parity_compares_what_it_says(tmp_path):
 
 def test_forms_are_as_named():
     images, config = ToyCars(8, 16, progress=False).images, TrainConfig(size=16, width=4, z_dim=8, batch=4)
-    plain, ours = (study_parity.make_trainer(images, config, form, "fp32") for form in study_parity.FORMS)
+    plain, ours = (study_parity.make_trainer(images, config, variant, "fp32") for variant in study_parity.VARIANTS)
     for trainer, is_fused in ((plain, False), (ours, True)):
         assert {layer.is_fused for layer in trainer.D.modules() if isinstance(layer, ConvPool)} == {is_fused}
         assert {layer.is_fused for layer in trainer.G.modules() if isinstance(layer, UpConv)} == {False}
@@ -128,7 +128,7 @@ def test_recipes_differ_as_they_say(photos, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "recipe_compare.jsonl").read_text().splitlines()]
     assert [row["recipe"] for row in rows] == list(study_recipe.RECIPES)
     assert len({row["measured"][-1]["kid"] for row in rows}) == len(rows)
-    assert all(set(row["averages"]) == {"raw", "1000", "3000", "30000"} for row in rows)
+    assert all(set(row["emas"]) == {"raw", "1000", "3000", "30000"} for row in rows)
     assert {"kid", "frechet", "coverage", "copy_rate", "seconds"} <= rows[0]["measured"][-1].keys()
     with pytest.raises(SystemExit, match="no such recipe"):
         study_recipe.main([*options, "--recipes", "2032"])
@@ -136,14 +136,14 @@ def test_recipes_differ_as_they_say(photos, tmp_path):
 
 def test_recipes_take_turns_for_their_time(photos, tmp_path):
     study_recipe.main(["time", "--data", photos["data"], "--size", "16", "--width", "4", "--batch", "4", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "recipe_time.json").read_text())["seconds"]
-    assert set(found) == {"2022", "carproto", "one D step"}
-    assert {len(values) for values in found.values()} == {8}
-    assert min(min(values) for values in found.values()) > 0
+    results = json.loads((tmp_path / "recipe_time.json").read_text())["seconds"]
+    assert set(results) == {"2022", "carproto", "one D step"}
+    assert {len(values) for values in results.values()} == {8}
+    assert min(min(values) for values in results.values()) > 0
 
 
 def test_batch_decides_in_the_recipe_of_2022():
-    G, z = Generator(16, 8, 4), draw_latents(8, 8)
+    G, z = Generator(16, 8, 4), sample_latents(8, 8)
     by_batch = study_recipe.ByBatch(G).eval()
     assert not torch.allclose(by_batch(z)[:4], by_batch(z[:4]), atol=1e-3)
     assert torch.allclose(G.eval()(z)[:4], G(z[:4]), atol=1e-5)
@@ -160,7 +160,7 @@ def test_pair_from_photos_to_release_in_pieces(photos, tmp_path):
     common, futuristic = (load_generator(parts[part], "cpu") for part in ("common", "futuristic"))
     assert common.z_dim == futuristic.z_dim == 4 and common.size == 16
     assert load_encoder(parts["encoder"], fingerprint=common.fingerprint(), device="cpu").z_dim == 4
-    told = {part: load_json(tmp_path / "data" / "tiny" / "record" / part / "evaluation.json") for part in ("common", "futuristic")}
-    assert told["common"]["n_fake"] == 1000 and {"kid", "copy_rate"} <= told["futuristic"].keys()
+    text = {part: load_json(tmp_path / "data" / "tiny" / "record" / part / "evaluation.json") for part in ("common", "futuristic")}
+    assert text["common"]["n_fake"] == 1000 and {"kid", "copy_rate"} <= text["futuristic"].keys()
     train_pair.main(options)
     assert load_generator(parts["futuristic"], "cpu").fingerprint() == futuristic.fingerprint()  # all was done: nothing is trained again

@@ -25,9 +25,9 @@ MAX_LATENCY = float(os.environ.get("CARPROTO_MAX_LATENCY_MS", "5000"))  # 80 on 
 MAX_PATH = float(os.environ.get("CARPROTO_MAX_PATH_MS", "8000"))  # to the first frame of a new path: 300 on two quiet cores
 SETUP = """
 import torch
-from carproto.core import draw_latents
+from carproto.core import sample_latents
 from carproto.studio import IntensityStudio
-from carproto.toycars import CarFactors, draw_car
+from carproto.toycars import CarFactors, render_car
 
 class Pencil(torch.nn.Module):
     "Draw toy cars; the futurism is the only weight."
@@ -40,12 +40,12 @@ class Pencil(torch.nn.Module):
     def forward(self, z):
         cars = [CarFactors("front-left", "coupe", self.futurism.item(), hue=h, value=0.4 + v / 2, length=0.9 + l / 5, height=0.9 + t / 5)
                 for h, v, l, t in torch.special.ndtr(z.double()).tolist()]
-        images = [torch.from_numpy(draw_car(car, 128)[0].copy()).permute(2, 0, 1) for car in cars]
+        images = [torch.from_numpy(render_car(car, 128)[0].copy()).permute(2, 0, 1) for car in cars]
         return torch.stack(images) / 127.5 - 1
 
 common, futuristic = Pencil(0.0), Pencil(1.0)
 darkness = lambda images: (0.5 - images[:, :, :8].mean((1, 2, 3)) / 2).tolist()
-make = lambda: IntensityStudio(common, futuristic, draw_latents(4, 4), futurism=darkness, folder={folder!r})
+make = lambda: IntensityStudio(common, futuristic, sample_latents(4, 4), futurism=darkness, folder={folder!r})
 """
 RELEASED = """
 from carproto.studio import open_studio
@@ -125,14 +125,14 @@ def wait_for_picture(page, expected: bytes) -> None:
     """Wait until the browser shows exactly these pixels."""
     wanted = Image.open(io.BytesIO(expected)).tobytes()
     for _ in range(400):
-        found = Image.open(io.BytesIO(seen(page))).tobytes()
-        if found == wanted:
+        results = Image.open(io.BytesIO(seen(page))).tobytes()
+        if results == wanted:
             return
         page.wait_for_timeout(50)
     raise AssertionError("the browser does not show the expected frame")
 
 
-SHOWN = """n => [...document.querySelectorAll('.carproto-album-grid img')].filter(image => getComputedStyle(image).visibility === 'visible'
+SHOWN = """n => [...document.querySelectorAll('.carproto-photo-browser-grid img')].filter(image => getComputedStyle(image).visibility === 'visible'
     && image.naturalWidth > 1).length === n"""
 WATCH = """event => {
     const image = document.querySelector('img.carproto-picture'), before = image.src;
@@ -170,7 +170,7 @@ def options(page, name: str) -> list[str]:
     return [text.replace("\xa0", " ") for text in page.locator(f".carproto-{name} option").all_inner_texts()]
 
 
-def told(page, words: str) -> str:
+def text(page, words: str) -> str:
     """Wait until the line below the controls holds these words, and return it."""
     page.wait_for_function("words => document.querySelector('.carproto-message').innerText.includes(words)", arg=words, timeout=60_000)
     return page.locator(".carproto-message").inner_text()
@@ -178,7 +178,7 @@ def told(page, words: str) -> str:
 
 def tab_to(page, title: str) -> None:
     """Go on with the Tab key, from the album's first control, until the button of this title has the focus."""
-    page.focus(".carproto-album-source input")
+    page.focus(".carproto-photo-browser-source input")
     for _ in range(24):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.title") == title:
@@ -235,10 +235,10 @@ def test_drag_moves_the_picture(page, work):
     page.mouse.down()
     page.mouse.move(bar["x"] + bar["width"] / 2, y, steps=12)
     page.mouse.up()
-    place = float(page.locator(".carproto-intensity .widget-readout").inner_text())
-    assert 0.4 < place < 0.6
-    wait_for_picture(page, twin.path.content(round(place * 40)))
-    page.wait_for_function(f"document.querySelector('.carproto-curves').innerText.includes('intensity {place:.2f}')")
+    position = float(page.locator(".carproto-intensity .widget-readout").inner_text())
+    assert 0.4 < position < 0.6
+    wait_for_picture(page, twin.path.content(round(position * 40)))
+    page.wait_for_function(f"document.querySelector('.carproto-curves').innerText.includes('intensity {position:.2f}')")
 
 
 def test_screens_at_both_widths(page):
@@ -291,7 +291,7 @@ def test_save_and_load(page, work):
     assert "is not JSON" in page.locator(".carproto-message").inner_text() and seen(page) == before
     press(page, "Home")
     upload(page, "upload", folder / "blend.json")
-    told(page, "is loaded")
+    text(page, "is loaded")
     wait_for_picture(page, before)
     assert not page.complaints
 
@@ -310,7 +310,7 @@ def test_first_frame_of_a_new_path(released):
 
 def test_released_pair_is_measured(released):
     words = released.locator(".carproto-curves").inner_text()
-    assert all(word in words for word in ("intensity 1.00", "futurism", "likeness", "outline"))
+    assert all(word in words for word in ("intensity 1.00", "futurism", "similarity", "mask IoU"))
     assert released.locator(".carproto-curves polyline").count() == 3
     names = released.locator(".carproto-sheet-names span").all_inner_texts()
     assert names == [f"car {i}" for i in range(1, 13)] == options(released, "car-a")
@@ -326,7 +326,7 @@ def test_upload_of_a_car(released):
     released.wait_for_function("document.querySelector('.carproto-bar').innerText.includes('Reading')")
     alive = press(released, "ArrowRight")
     print(f"key to decoded picture while a picture is read: {alive:.0f} ms")
-    assert "my car is read" in told(released, "my car is read")
+    assert "my car is read" in text(released, "my car is read")
     wait_for_rest(released)
     assert options(released, "car-a")[-1] == "my car"
     assert released.locator(".carproto-sheet-names span").all_inner_texts()[-1] == "my car" and seen(released) != before
@@ -340,7 +340,7 @@ def test_upload_of_what_is_no_car(released, name, reason):
     content = {"car.pdf": b"%PDF-1.7", "cut.png": seen(released)[:300], "huge.png": stream.getvalue()}[name]
     before = seen(released)
     upload(released, "photo", {"name": name, "mimeType": "image/png", "buffer": content})
-    assert reason in told(released, name)
+    assert reason in text(released, name)
     assert released.locator(".carproto-message [role=alert]").count() == 1 and seen(released) == before
     press(released, "ArrowRight")
     assert released.locator(".carproto-message").inner_text() == ""
@@ -350,9 +350,9 @@ def test_switch_of_the_pair(released):
     pairs = options(released, "pair-list")
     assert pairs == ["toy cars", "real cars"]
     choose(released, "pair-list", "real cars")
-    assert "give that file as the backbone" in told(released, "Futurism is not measured")
+    assert "give that file as the backbone" in text(released, "Futurism is not measured")
     wait_for_rest(released)
-    assert "outline" not in released.locator(".carproto-curves").inner_text()
+    assert "mask IoU" not in released.locator(".carproto-curves").inner_text()
     photograph(released, "real")
     choose(released, "pair-list", "toy cars")
     wait_for_rest(released)
@@ -366,33 +366,33 @@ def test_pick_from_the_album(released, work):
     for i, image in enumerate(ToyCars(19, 128, seed=12).images, 1):
         to_picture(image).resize((144, 96)).save(photos / f"photo {i:02d}.jpg", quality=92)
     (photos / "photo 11.jpg").write_text("<html>not found</html>")
-    source, told_pages = released.locator(".carproto-album-source input"), released.locator(".carproto-album-told")
+    source, told_pages = released.locator(".carproto-photo-browser-source input"), released.locator(".carproto-photo-browser-page-status")
     source.fill(str(work[0] / "nowhere"))
     source.press("Enter")
-    assert "does not exist" in told(released, "nowhere") and not told_pages.is_visible()
+    assert "does not exist" in text(released, "nowhere") and not told_pages.is_visible()
     source.fill(str(photos))
     source.press("Enter")
-    cells = released.locator(".carproto-album-grid > div:visible")
-    released.wait_for_function("document.querySelector('.carproto-album-told').innerText.includes('1 to 8 of 19')")
+    cells = released.locator(".carproto-photo-browser-grid > div:visible")
+    released.wait_for_function("document.querySelector('.carproto-photo-browser-page-status').innerText.includes('1 to 8 of 19')")
     tab_to(released, "The pictures after these")
     released.keyboard.press("Enter")
-    released.wait_for_function("document.querySelector('.carproto-album-told').innerText.includes('9 to 16 of 19')")
+    released.wait_for_function("document.querySelector('.carproto-photo-browser-page-status').innerText.includes('9 to 16 of 19')")
     released.wait_for_function(SHOWN, arg=7)
     assert cells.count() == 8 and "cannot be read" in cells.nth(2).inner_text() and released.locator(".carproto-message").inner_text() == ""
     press(released, "End")
     photograph(released, "album", ".carproto-sheet")
     press(released, "Home")
     before = seen(released)
-    tab_to(released, "photo 13.jpg as the car of today")
+    tab_to(released, "photo 13.jpg as car a")
     released.keyboard.press("Space")
-    told(released, "photo 13 is read")
+    text(released, "photo 13 is read")
     wait_for_rest(released)
     assert options(released, "car-a")[-1] == "photo 13" and seen(released) != before
     press(released, "End")
     before = seen(released)
-    tab_to(released, "photo 14.jpg as the car of tomorrow")
+    tab_to(released, "photo 14.jpg as car b")
     released.keyboard.press("Enter")
-    told(released, "photo 14 is")  # read, or doubted: it is a car of today
+    text(released, "photo 14 is")  # read, or doubted: it is a car of today
     wait_for_rest(released)
     chosen = [released.locator(f".carproto-car-{end} select").evaluate("list => list.selectedOptions[0].text") for end in "ab"]
     assert [name.replace("\xa0", " ") for name in chosen] == ["photo 13", "photo 14"] and seen(released) != before

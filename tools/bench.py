@@ -111,9 +111,9 @@ def time_steps_on_gpu(peer: Peer, seconds: float, n_at_least: int) -> float:
         return (time.perf_counter() - start) / n
 
     time_some(1)
-    found = time_some(max(n_at_least, math.ceil(seconds / time_some(1))))
+    results = time_some(max(n_at_least, math.ceil(seconds / time_some(1))))
     torch.cuda.empty_cache()
-    return found
+    return results
 
 
 def measure_peak(device: str) -> float:
@@ -125,28 +125,28 @@ def measure_peak(device: str) -> float:
 
 def run_turns(names: list[str], work: Work, n_rounds: int, seconds: float, n_threads: int, bar: tqdm) -> dict[str, dict]:
     """Let the peers take turns; return for each what it is and its turns, or why there are none."""
-    children, found = {}, {}
+    children, results = {}, {}
     title = f"{work.size} px, width {work.width}"
     try:
         for name in names:
             bar.set_description(f"{title}: starting {name}")
             children[name] = Child(name, work, n_threads)
-            found[name] = {**children[name].hear(), "turns": []}
+            results[name] = {**children[name].hear(), "turns": []}
             bar.update()
         for number in range(n_rounds):
             for name in names:
                 bar.set_description(f"{title}, round {number + 1} of {n_rounds}: {name}")
-                if not {"failed", "absent"} & found[name].keys():
+                if not {"failed", "absent"} & results[name].keys():
                     answer = children[name].take_turn(seconds)
                     if "failed" in answer:
-                        found[name] |= answer
+                        results[name] |= answer
                     else:
-                        found[name]["turns"].append(answer)
+                        results[name]["turns"].append(answer)
                 bar.update()
     finally:
         for child in children.values():
             child.stop()
-    return found
+    return results
 
 
 def summarise(values: list[float]) -> dict[str, float]:
@@ -154,13 +154,13 @@ def summarise(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
-def make_rows(found: dict[str, dict], work: Work) -> list[dict]:
+def make_rows(results: dict[str, dict], work: Work) -> list[dict]:
     """Return the record of one size: a row for each peer that finished."""
-    seconds = {name: [turn["seconds"] for turn in peer["turns"]] for name, peer in found.items() if "failed" not in peer and peer["turns"]}
-    rates = [found[MATRIX]["tflop"] / s for s in seconds.get(MATRIX, [])]
+    seconds = {name: [turn["seconds"] for turn in peer["turns"]] for name, peer in results.items() if "failed" not in peer and peer["turns"]}
+    rates = [results[MATRIX]["tflop"] / s for s in seconds.get(MATRIX, [])]
     rows = []
     for name, times in seconds.items():
-        peer = found[name]
+        peer = results[name]
         row = {"size": work.size, "width": work.width, "batch": work.batch, "peer": name, "precision": peer["precision"], "tflop": peer["tflop"]}
         row |= {"seconds": summarise(times), "seconds_of_rounds": times, "tflop_per_second": peer["tflop"] / statistics.median(times)}
         if name != MATRIX:
@@ -243,8 +243,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--turn", type=float, default=1.0, metavar="SECONDS", help="a turn lasts at least so long, default 1")
     parser.add_argument("--threads", type=at_least(1), default=count_cores(), help="of each peer, default all cores")
     parser.add_argument("--device", help="cpu or cuda; default the best at hand")
-    usual = [name for name in PEERS if name != COMPILED]
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=usual, metavar="PEER", help=f"of {', '.join(PEERS)}")
+    error_p99 = [name for name in PEERS if name != COMPILED]
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=error_p99, metavar="PEER", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"), help="the record, default runs/bench/bench.json")
     return parser.parse_args(argv)
 
@@ -287,11 +287,11 @@ def run_bench(arguments: argparse.Namespace) -> None:
     with tqdm(total=n_turns, unit="turn", dynamic_ncols=True) as bar:
         for size, width in arguments.sizes:
             work = Work(size, width, arguments.batch, str(device))
-            found = run_turns(names, work, arguments.rounds, arguments.turn, arguments.threads, bar)
-            rows = make_rows(found, work)
+            results = run_turns(names, work, arguments.rounds, arguments.turn, arguments.threads, bar)
+            rows = make_rows(results, work)
             record["results"] += rows
             for kind in ("absent", "failed"):
-                record[kind] |= {f"{name}, {size} px, width {width}": peer[kind] for name, peer in found.items() if kind in peer}
+                record[kind] |= {f"{name}, {size} px, width {width}": peer[kind] for name, peer in results.items() if kind in peer}
             save_json(record, arguments.out)
             bar.write(draw_table(rows) if rows else f"{size} px, width {width}: nothing could be timed")
     memory = "allocated on the GPU" if device.type == "cuda" else "of the whole process"

@@ -14,7 +14,7 @@ from carproto.metrics import Evaluator
 from carproto.readers import feature_extractor
 from carproto.sngan import Generator, measure_statistics
 
-PARTS = {"averaged": "ema", "raw": "G"}
+PARTS = {"ema": "G_ema", "raw": "G"}
 
 
 def main() -> None:
@@ -25,19 +25,19 @@ def main() -> None:
     parser.add_argument("--backbone", required=True, help="MobileNetV2 file")
     parser.add_argument("--n_fake", type=int, default=1000, help="cars to draw")
     parser.add_argument("--out", type=Path, default=Path("data/records"))
-    told = parser.parse_args()
-    state = load_checkpoint(told.run / "checkpoints")
+    text = parser.parse_args()
+    state = load_checkpoint(text.run / "checkpoints")
     if state is None:
-        raise CarprotoError(f"{told.run} holds no trained run: give a folder with checkpoints in it")
+        raise CarprotoError(f"{text.run} holds no trained run: give a folder with checkpoints in it")
     config = state["config"]
-    judge = Evaluator(CarImages(told.heldout, config["size"]).images, feature_extractor(told.backbone, size=96), n_fake=told.n_fake)
+    evaluator = Evaluator(CarImages(text.heldout, config["size"]).images, feature_extractor(text.backbone, size=96), n_fake=text.n_fake)
     record = {"command": describe_command(), "config": config, "step": state["step"], "machine": describe_environment()}
     for name, part in PARTS.items():
         G = Generator(config["size"], config["z_dim"], config["width"])
         G.load_state_dict(state[part])
-        record[name] = judge.evaluate(measure_statistics(G))
+        record[name] = evaluator.evaluate(measure_statistics(G))
         print(f"{name}: KID {record[name]['kid']:.3f}, coverage {record[name]['coverage']:.1%}")
-    save_json(record, told.out / "average.json")
+    save_json(record, text.out / "ema.json")
 
 
 if __name__ == "__main__":

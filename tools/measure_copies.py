@@ -15,7 +15,7 @@ from study_freezed import describe_command
 
 from carproto.core import describe_environment, save_json, to_tensor
 from carproto.dataset import open_cars
-from carproto.metrics import copy_rate, generate_images, lean_to_train, thumbnails, usual_leaning
+from carproto.metrics import copy_rate, generate_images, nn_distance_ratio, reference_distance_ratio, thumbnails
 from carproto.sngan import load_generator
 
 RELEASES = {"toys": "toy64", "photos": "real64"}
@@ -37,16 +37,16 @@ def measure(name: str, train: torch.Tensor, heldout: torch.Tensor, n: int, seed:
     """Measure one generator; and `others`, photos of another source that are nobody's copies."""
     G = load_generator(name, "cpu")
     small_train, small_heldout, drawn = thumbnails(train), thumbnails(heldout), thumbnails(generate_images(G, n, seed=seed))
-    usual, leaning = usual_leaning(small_train, small_heldout), lean_to_train(drawn, small_train, small_heldout)
-    nearest, limit = torch.cdist(drawn, small_train).min(1).values, torch.quantile(usual, 0.01)
-    worst = [{"code": i, "leaning": leaning[i].item(), "distance": nearest[i].item()} for i in leaning.argsort()[:N_WORST].tolist()]
+    error_p99, distance_ratio = reference_distance_ratio(small_train, small_heldout), nn_distance_ratio(drawn, small_train, small_heldout)
+    nearest, limit = torch.cdist(drawn, small_train).min(1).values, torch.quantile(error_p99, 0.01)
+    worst = [{"latent": i, "distance_ratio": distance_ratio[i].item(), "distance": nearest[i].item()} for i in distance_ratio.argsort()[:N_WORST].tolist()]
     some = to_tensor(train[torch.linspace(0, len(train) - 1, min(len(train), 1000)).long()])
-    found = {how: copy_rate(thumbnails(spoil(some).clamp(-1, 1)), small_train, small_heldout) for how, spoil in SPOILT.items()}
+    results = {how: copy_rate(thumbnails(spoil(some).clamp(-1, 1)), small_train, small_heldout) for how, spoil in SPOILT.items()}
     return {
-        "fingerprint": G.fingerprint(), "n_train": len(train), "n_heldout": len(heldout), "n_drawn": n, "n_usual": len(usual),
-        "copy_rate": copy_rate(drawn, small_train, small_heldout), "limit": limit.item(), "real": quantiles(usual), "drawn": quantiles(leaning),
-        "worst": worst, "distance_drawn": quantiles(nearest),
-        "distance_heldout": quantiles(torch.cdist(small_heldout, small_train).min(1).values), "spoilt_copies_found": found,
+        "fingerprint": G.fingerprint(), "n_train": len(train), "n_heldout": len(heldout), "n_generated": n, "n_reference": len(error_p99),
+        "copy_rate": copy_rate(drawn, small_train, small_heldout), "limit": limit.item(), "real": quantiles(error_p99), "generated": quantiles(distance_ratio),
+        "worst": worst, "distance_generated": quantiles(nearest),
+        "distance_heldout": quantiles(torch.cdist(small_heldout, small_train).min(1).values), "altered_copies_found": results,
         "others_called_copies": None if others is None else copy_rate(thumbnails(others), small_train, small_heldout),
     }  # fmt: skip
 
@@ -60,22 +60,22 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4000, help="cars to draw")
     parser.add_argument("--seed", type=int, default=0, help="of their codes")
     parser.add_argument("--out", type=Path, default=Path("data/records"))
-    told = parser.parse_args()
-    if told.name == "toys":
+    text = parser.parse_args()
+    if text.name == "toys":
         sets = {part: [open_cars(data, 64, split=split).images for split in ("train", "heldout")]
                 for part, data in (("common", "toycars"), ("futuristic", "toycars-futuristic"))}  # fmt: skip
     else:
-        paths = {"common": (told.data, told.heldout), "futuristic": (told.concepts, told.concepts_heldout)}
+        paths = {"common": (text.data, text.heldout), "futuristic": (text.concepts, text.concepts_heldout)}
         if None in (*paths["common"], *paths["futuristic"]):
             parser.error("photos need --data, --heldout, --concepts and --concepts_heldout")
         sets = {part: [open_cars(path, 64, split=None).images for path in both] for part, both in paths.items()}
     others = {"futuristic": sets["common"][1]}
-    found = {part: measure(f"{RELEASES[told.name]}/{part}", *both, told.n, told.seed, others.get(part)) for part, both in sets.items()}
-    record = {"command": describe_command(), "seed": told.seed, "machine": describe_environment(), **found}
-    path = save_json(record, told.out / f"copies_{told.name}.json")
-    for part, numbers in found.items():
-        spoilt = ", ".join(f"{how} {share:.0%}" for how, share in numbers["spoilt_copies_found"].items())
-        print(f"{part}: copy rate {numbers['copy_rate']:.2%} of {told.n}, limit {numbers['limit']:.2f}; copies found: {spoilt}")
+    results = {part: measure(f"{RELEASES[text.name]}/{part}", *both, text.n, text.seed, others.get(part)) for part, both in sets.items()}
+    record = {"command": describe_command(), "seed": text.seed, "machine": describe_environment(), **results}
+    path = save_json(record, text.out / f"copies_{text.name}.json")
+    for part, numbers in results.items():
+        altered = ", ".join(f"{how} {share:.0%}" for how, share in numbers["altered_copies_found"].items())
+        print(f"{part}: copy rate {numbers['copy_rate']:.2%} of {text.n}, limit {numbers['limit']:.2f}; copies found: {altered}")
     print(path)
 
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from carproto.core import describe_environment, save_json
-from carproto.crawl import Record, crawl, read_manifest
+from carproto.crawl import PhotoRecord, crawl, read_manifest
 from carproto.fetch import Fetcher
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +34,7 @@ def measure(url: str, n: int, delay: float) -> dict:
                 now = time.perf_counter()
                 rows.append({"pictures": i, "rate": EVERY / (now - last), "memory_mb": memory_mb()})
                 last = now
-            yield Record(f"{url}/pictures/{i}.jpg")
+            yield PhotoRecord(f"{url}/pictures/{i}.jpg")
 
     with tempfile.TemporaryDirectory() as folder:
         summary = crawl(records(), Path(folder) / "pictures", Fetcher(delay=delay, allow_private=["127.0.0.1"]))

@@ -66,8 +66,8 @@ def main() -> None:
     for size, large in (("128x128, as they are", False), (f"{LARGE[0]}x{LARGE[1]}, enlarged", True)):
         for classify_view in (None, classify):
             n = arguments.n // (1 if not large and classify_view is None else 4)
-            found = time_curate(arguments.photos, n, classify_view, large)
-            record["runs"].append({"photos": size, "with_classifier": classify_view is not None, **found})
+            results = time_curate(arguments.photos, n, classify_view, large)
+            record["runs"].append({"photos": size, "with_classifier": classify_view is not None, **results})
     record["machine"] = describe_environment()
     save_json(record, arguments.out)
     for run in record["runs"]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from carproto.core import describe_environment, fit_square, open_picture, save_json
 from carproto.dataset import PictureStore
-from carproto.duplicates import _trimmed_hashes, hash_pictures, near_duplicates, shrink_pictures
+from carproto.duplicates import _trimmed_hashes, hash_pictures, make_thumbnails, near_duplicates
 from carproto.viz import image_grid, save_picture
 
 
@@ -61,7 +61,7 @@ KINDS = {
 
 def look(pictures: list) -> tuple[np.ndarray, np.ndarray]:
     """Return hashes and thumbnails."""
-    return hash_pictures(pictures), shrink_pictures(pictures)
+    return hash_pictures(pictures), make_thumbnails(pictures)
 
 
 def measure_recall(photos: list, looks: tuple, n: int, seed: int) -> dict:
@@ -72,8 +72,8 @@ def measure_recall(photos: list, looks: tuple, n: int, seed: int) -> dict:
         rng = np.random.default_rng([seed, 1])
         copies = look([spoil(photos[i], rng) for i in chosen])
         group = {i: k for k, cluster in enumerate(near_duplicates(*map(np.concatenate, zip(looks, copies)))) for i in cluster}
-        found = [i in group and group[i] == group.get(len(photos) + k) for k, i in enumerate(chosen)]
-        shares[kind] = sum(found) / n
+        results = [i in group and group[i] == group.get(len(photos) + k) for k, i in enumerate(chosen)]
+        shares[kind] = sum(results) / n
     return shares
 
 
@@ -142,7 +142,7 @@ def main() -> None:
             "clusters": len(clusters),
             "pictures": sum(map(len, clusters)),
             "pairs": sum(len(cluster) - 1 for cluster in clusters),
-            "pairs_wrong_by_eye": arguments.wrong,
+            "pairs_wrong_on_inspection": arguments.wrong,
         },
         "photos_per_second": round(len(photos) / seconds),
         "cost": measure_cost(looks[1], (10_000, 30_000, 100_000), arguments.seed),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from carproto.core import describe_environment, draw_latents, save_json
+from carproto.core import describe_environment, sample_latents, save_json
 from carproto.sngan import Generator, load_generator
 from carproto.studio import IntensityStudio
 
@@ -31,10 +31,10 @@ async def time_paths(studio: IntensityStudio, n: int) -> list[float]:
     return taken
 
 
-def open_pair(parts: tuple, size: int) -> IntensityStudio:
+def open_pipeline(parts: tuple, size: int) -> IntensityStudio:
     """Open a studio on two generators, half way between the first two cars."""
     common, futuristic = (part.eval().requires_grad_(False) for part in parts)
-    studio = IntensityStudio(common, futuristic, draw_latents(16, common.z_dim, seed=0))
+    studio = IntensityStudio(common, futuristic, sample_latents(16, common.z_dim, seed=0))
     studio.intensity.value = 0.5
     assert studio.path.content(0) and studio.path.images[0].shape[-1] == size
     return studio
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/records/studio.json"))
     arguments = parser.parse_args()
     studios = {
-        "toy64, released": open_pair([load_generator(f"toy64/{part}", "cpu") for part in ("common", "futuristic")], 64),
-        "128 px, width 64, untrained": open_pair([Generator(128, 128, 64, seed=i) for i in (0, 1)], 128),
+        "toy64, released": open_pipeline([load_generator(f"toy64/{part}", "cpu") for part in ("common", "futuristic")], 64),
+        "128 px, width 64, untrained": open_pipeline([Generator(128, 128, 64, seed=i) for i in (0, 1)], 128),
     }
     record = {"command": f"python tools/measure_studio.py --n {arguments.n}", "first_picture_ms": {name: {} for name in studios}}
     for n_threads in (1, 2):
@@ -56,8 +56,8 @@ def main() -> None:
         for name, studio in studios.items():
             asyncio.run(time_paths(studio, 2))  # warm up
             taken = asyncio.run(time_paths(studio, arguments.n))
-            found = {"median": round(statistics.median(taken), 1), "slowest": round(max(taken), 1)}
-            record["first_picture_ms"][name][f"{n_threads} thread" + "s" * (n_threads > 1)] = found
+            results = {"median": round(statistics.median(taken), 1), "slowest": round(max(taken), 1)}
+            record["first_picture_ms"][name][f"{n_threads} thread" + "s" * (n_threads > 1)] = results
     record["machine"] = describe_environment()
     save_json(record, arguments.out)
     for name, value in record.items():

@@ -17,11 +17,11 @@ from PIL import Image
 from study_freezed import describe_command
 from tqdm import tqdm
 
-from carproto.backbone import ViewBackbone
+from carproto.backbone import ViewFeatureExtractor
 from carproto.core import describe_environment, fit_square, open_picture, save_json, to_tensor
 from carproto.dataset import PictureStore, read_metadata
-from carproto.duplicates import hash_pictures, near_duplicates, shrink_pictures
-from carproto.views import ViewClassifier, choose_confidence, cross_validate, fit_view_head, grade_views, save_view_classifier, view_features
+from carproto.duplicates import hash_pictures, make_thumbnails, near_duplicates
+from carproto.views import ViewClassifier, choose_confidence, cross_validate, evaluate_views, fit_view_head, save_view_classifier, view_features
 
 
 def read_labelled(path: str) -> tuple[list, list[str]]:
@@ -48,7 +48,7 @@ def read_unlabelled(path: str, n: int, seed: int, squashed: bool) -> list:
 def without_copies(pictures: list, labelled: list) -> list:
     """Leave out pictures that are copies of labelled ones."""
     everything = [*labelled, *pictures]
-    clusters = near_duplicates(hash_pictures(everything), shrink_pictures(everything))
+    clusters = near_duplicates(hash_pictures(everything), make_thumbnails(everything))
     copies = {i for cluster in clusters if cluster[0] < len(labelled) for i in cluster}
     return [picture for i, picture in enumerate(pictures, len(labelled)) if i not in copies]
 
@@ -57,7 +57,7 @@ def read_features(arguments, labelled: list) -> tuple[torch.Tensor, torch.Tensor
     """Return features of labelled and unlabelled photos, from the cache where it has them."""
     if arguments.cache and arguments.cache.exists():
         return tuple(part.float() for part in torch.load(arguments.cache, weights_only=True))
-    backbone, parts = ViewBackbone(arguments.backbone, arguments.size), [labelled]
+    backbone, parts = ViewFeatureExtractor(arguments.backbone, arguments.size), [labelled]
     if arguments.unlabelled:
         sets = [read_unlabelled(path, arguments.n_unlabelled, 0, not arguments.not_squashed) for path in arguments.unlabelled]
         parts.append(without_copies([picture for one in sets for picture in one], labelled))
@@ -67,14 +67,14 @@ def read_features(arguments, labelled: list) -> tuple[torch.Tensor, torch.Tensor
     return tuple(part.float() for part in [*parts, None][:2] if part is not None)
 
 
-def grade_seeds(features: torch.Tensor, views: list[str], unlabelled: torch.Tensor | None, copies: list, n_seeds: int) -> dict:
+def evaluate_seeds(features: torch.Tensor, views: list[str], unlabelled: torch.Tensor | None, copies: list, n_seeds: int) -> dict:
     """Cross-validate with several seeds; return means and deviations, and the confusion summed over the seeds."""
     chances = [cross_validate(features, views, unlabelled, copies=copies, seed=seed) for seed in tqdm(range(n_seeds), desc="seeds")]
-    grades = [grade_views(part, views) for part in chances]
-    numbers = {name: {"mean": float(np.mean([g[name] for g in grades])), "sd": float(np.std([g[name] for g in grades])),
-                      "of_each_seed": [round(g[name], 4) for g in grades]} for name in ("views", "keep")}  # fmt: skip
+    scores = [evaluate_views(part, views) for part in chances]
+    numbers = {name: {"mean": float(np.mean([g[name] for g in scores])), "sd": float(np.std([g[name] for g in scores])),
+                      "of_each_seed": [round(g[name], 4) for g in scores]} for name in ("views", "keep")}  # fmt: skip
     confidence = choose_confidence(chances[0], views, wanted=0.99)
-    return {**numbers, "confusion": np.sum([g["confusion"] for g in grades], axis=0).tolist(), "confidence_for_99": round(confidence, 4)}
+    return {**numbers, "confusion": np.sum([g["confusion"] for g in scores], axis=0).tolist(), "confidence_for_99": round(confidence, 4)}
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     pictures, views = read_labelled(arguments.views)
-    copies = near_duplicates(hash_pictures(pictures), shrink_pictures(pictures))
+    copies = near_duplicates(hash_pictures(pictures), make_thumbnails(pictures))
     features, *unlabelled = read_features(arguments, pictures)
     record = {
         "command": describe_command(),
@@ -101,10 +101,10 @@ def main() -> None:
         "n_unlabelled": unlabelled[0].shape[1] if unlabelled else 0,
         "n_clusters_of_copies": len(copies),
         "n_folds": 5,
-        "labels_only": grade_seeds(features, views, None, copies, arguments.n_seeds),
+        "labels_only": evaluate_seeds(features, views, None, copies, arguments.n_seeds),
     }
     if unlabelled:
-        record["with_unlabelled"] = grade_seeds(features, views, unlabelled[0], copies, arguments.n_seeds)
+        record["with_unlabelled"] = evaluate_seeds(features, views, unlabelled[0], copies, arguments.n_seeds)
     record |= {"seconds": round(time.perf_counter() - start), "machine": describe_environment()}
     save_json(record, arguments.out)
     for name, value in record.items():
@@ -112,7 +112,7 @@ def main() -> None:
     if arguments.save:
         head = fit_view_head(features, views, unlabelled[0] if unlabelled else None)
         report = record["with_unlabelled" if unlabelled else "labels_only"]
-        save_view_classifier(ViewClassifier(ViewBackbone(arguments.backbone, arguments.size), head), arguments.save, report)
+        save_view_classifier(ViewClassifier(ViewFeatureExtractor(arguments.backbone, arguments.size), head), arguments.save, report)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from carproto.core import CarprotoError, folder_aside, load_json, save_json
-from carproto.encode import grade_encoder
+from carproto.encode import evaluate_encoder
 from carproto.encoder import load_encoder, save_encoder
 from carproto.sngan import load_generator, save_discriminator, save_generator
 from carproto.train import best_generator, load_discriminator
@@ -26,21 +26,21 @@ LIMIT_MB = 20
 
 def release_generator(run: Path, folder: Path) -> None:
     """Store the generator that a run is remembered for, and the discriminator, whose eye refinement needs."""
-    place = "best" if (run / "best").exists() else "final"
-    told = load_json(run / place / "config.json")
-    save_generator(best_generator(run, "cpu"), folder, half=True, about={k: told[k] for k in ("steps", "kid") if k in told})
+    position = "best" if (run / "best").exists() else "final"
+    text = load_json(run / position / "config.json")
+    save_generator(best_generator(run, "cpu"), folder, half=True, about={k: text[k] for k in ("steps", "kid") if k in text})
     save_discriminator(load_discriminator(run, "cpu"), folder / "discriminator", half=True)
 
 
 def release_encoder(run: Path, folder: Path, generators: list) -> None:
     """Store the encoder, bound to the stored common generator, with the grades of its codes on the stored generators."""
-    told = load_json(run / "encoder" / "config.json")
+    text = load_json(run / "encoder" / "config.json")
     E = load_encoder(run / "encoder", device="cpu")
     E.generator = generators[0].fingerprint()
     save_encoder(E, folder, half=True)
     E = load_encoder(folder, fingerprint=E.generator, device="cpu")
-    photos = {name: told[name] for name in told if name.startswith("photo_") or name in ("n_photos", "steps", "seconds")}
-    save_encoder(E, folder, half=True, about={**photos, **grade_encoder(E, generators)})
+    photos = {name: text[name] for name in text if name.startswith("photo_") or name in ("n_photos", "steps", "seconds")}
+    save_encoder(E, folder, half=True, about={**photos, **evaluate_encoder(E, generators)})
 
 
 def copy_record(run: Path, folder: Path) -> None:
@@ -51,8 +51,8 @@ def copy_record(run: Path, folder: Path) -> None:
             shutil.copyfile(run / name, folder / name)
     for name in ("data.json", "evaluation.json"):
         if (folder / name).exists():
-            told = load_json(folder / name)
-            save_json({key: Path(value).name if key in PLACES and "/" in value else value for key, value in told.items()}, folder / name)
+            text = load_json(folder / name)
+            save_json({key: Path(value).name if key in PLACES and "/" in value else value for key, value in text.items()}, folder / name)
 
 
 def replace_folder(made: Path, folder: Path) -> None:
@@ -80,7 +80,7 @@ def write_hashes(data: Path, notebook: Path) -> None:
     content = json.loads(notebook.read_text(encoding="utf-8"))
     cell, = (cell for cell in content["cells"] if "\nRELEASES = {" in "".join(cell["source"]))
     table = re.compile(r"(\nRELEASES = \{[^\n]*\n).*?(\n\}\n)", re.DOTALL)
-    source = table.sub(lambda found: found[1] + list_hashes(data) + found[2], "".join(cell["source"]))
+    source = table.sub(lambda results: results[1] + list_hashes(data) + results[2], "".join(cell["source"]))
     cell["source"] = source.splitlines(keepends=True)
     notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -18,7 +18,7 @@ from study_freezed import describe_command
 from tqdm import tqdm
 
 from carproto.align import AlignConfig, align_car
-from carproto.carpaint import draw_car
+from carproto.carpaint import render_car
 from carproto.carshape import sample_factors
 from carproto.core import CarprotoError, describe_environment, load_json, open_picture, save_json
 from carproto.dataset import PictureStore, read_metadata
@@ -55,14 +55,14 @@ def measure_toys(network: str, n: int) -> dict:
     """Compare the network's masks of toy cars before noise with their true ones."""
     segment, overlaps, seconds = load_segmenter(path=network, threads=1), [], 0.0
     for i in tqdm(range(n), desc="toys"):
-        picture, mask = draw_car(sample_factors(9, i), 128)
+        picture, mask = render_car(sample_factors(9, i), 128)
         noise = np.random.default_rng(i).integers(0, 255, (12, 12, 3), dtype=np.uint8)
         busy = Image.fromarray(noise).resize((128, 128), Image.Resampling.BICUBIC)
         photo = Image.composite(Image.fromarray(picture), busy, Image.fromarray(mask.astype(np.uint8) * 255))
         start = time.thread_time()
-        found = np.asarray(segment(photo)) > 127
+        results = np.asarray(segment(photo)) > 127
         seconds += time.thread_time() - start
-        overlaps.append(float((found & mask).sum() / (found | mask).sum()))
+        overlaps.append(float((results & mask).sum() / (results | mask).sum()))
     quantiles = {f"quantile_{q}": round(float(np.quantile(overlaps, q)), 4) for q in (0.05, 0.25, 0.5, 0.75)}
     return {"n": n, "iou": quantiles, "cpu_seconds_a_mask": round(seconds / n, 3)}
 
@@ -75,7 +75,7 @@ def measure_mirror(n: int) -> dict:
         left = replace(factors, view="front-left", light=-factors.light) if i % 2 == 0 else factors
         cars = []
         for one in (factors, left):
-            picture, mask = (Image.fromarray(part.astype(np.uint8) * scale) for part, scale in zip(draw_car(one, 128), (1, 255)))
+            picture, mask = (Image.fromarray(part.astype(np.uint8) * scale) for part, scale in zip(render_car(one, 128), (1, 255)))
             cars.append(np.asarray(align_car(picture, mask, config, 64, mirrored=one.view == "front-right"), np.float32))
         wrong += np.abs(cars[0] - cars[1]).mean() > np.abs(cars[0][:, ::-1] - cars[1]).mean()
     return {"n": n, "wrong": int(wrong)}

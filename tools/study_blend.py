@@ -14,25 +14,25 @@ import torch
 from tqdm import tqdm
 
 from carproto.blend import blend_frames, blend_latents
-from carproto.core import CarprotoError, describe_environment, draw_latents, save_json, seeded, to_tensor
+from carproto.core import CarprotoError, describe_environment, sample_latents, save_json, seeded, to_tensor
 from carproto.dataset import open_cars
 from carproto.dial import calibrate, factor_drift, measure_paths, mid_blend_realism, perceptual_path_length
 from carproto.encoder import load_encoder
 from carproto.invert import InvertConfig, invert
-from carproto.losses import PerceptualDistance, discriminator_maps
+from carproto.losses import PerceptualDistance, discriminator_features
 from carproto.readers import FuturismProbe, extract_features, feature_extractor, fit_futurism_probe, futurism_scale
-from carproto.route import plan_route
-from carproto.toyreader import toy_reader
+from carproto.route import plan_path
+from carproto.toyreader import factor_regressor
 from carproto.train import best_generator, load_discriminator
 
 POSITIONS = torch.linspace(0, 1, 11)
-WAYS = {  # how code and generator move, and the path between the codes
-    "plain average of the codes, futuristic generator (the seed system)": ({"generator": [1.0] * 11}, "lerp"),
+PATHS = {  # how code and generator move, and the path between the codes
+    "mean of the latents, futuristic generator (the 2022 baseline)": ({"generator": [1.0] * 11}, "lerp"),
     "lerp": ({}, "lerp"),
     "slerp": ({}, "slerp"),
     "norm": ({}, "norm"),
-    "code only": ({"generator": False}, "norm"),
-    "generator only": ({"code": False}, "norm"),
+    "latent only": ({"generator": False}, "norm"),
+    "generator only": ({"latent": False}, "norm"),
 }
 
 
@@ -53,11 +53,11 @@ def fit_probe(folder: Path, arguments: argparse.Namespace, size: int) -> None:
     probe.save(folder)
 
 
-def read_cars(images: torch.Tensor, n: int, G, E, eye: PerceptualDistance, use_gains: bool = False) -> list[tuple]:
+def read_cars(images: torch.Tensor, n: int, G, E, metric: PerceptualDistance, use_channel_gains: bool = False) -> list[tuple]:
     """Return code and gains of held-out cars, codes kept on the shell where they lie; a small set is gone through more than once."""
     order = torch.cat([torch.randperm(len(images), generator=seeded(i)) for i in range(-(-n // len(images)))])[:n]
-    found = invert(to_tensor(images[order]), G, E, perceptual=eye, config=InvertConfig(steps=60, norm_slack=0.049, use_gains=use_gains))
-    return list(zip(found.z, found.gains if use_gains else [None] * n))
+    results = invert(to_tensor(images[order]), G, E, perceptual=metric, config=InvertConfig(steps=60, norm_slack=0.049, use_channel_gains=use_channel_gains))
+    return list(zip(results.z, results.channel_gains if use_channel_gains else [None] * n))
 
 
 def main() -> None:
@@ -76,9 +76,9 @@ def main() -> None:
     torch.set_num_threads(1)
     common, futuristic = (best_generator(path, "cpu") for path in (arguments.common, arguments.futuristic))
     E = load_encoder(arguments.encoder / "encoder", fingerprint=common.fingerprint(), device="cpu")
-    eye = PerceptualDistance(discriminator_maps(load_discriminator(arguments.common, "cpu")))
+    metric = PerceptualDistance(discriminator_features(load_discriminator(arguments.common, "cpu")))
     if arguments.name == "toys":
-        reader = toy_reader()
+        regressor = factor_regressor()
         heldout = open_cars("toycars", common.size, split="heldout").images
         concepts = open_cars("toycars-futuristic", common.size, split="heldout").images
         scale, extractor = futurism_scale("toys"), feature_extractor("toys")
@@ -91,43 +91,43 @@ def main() -> None:
         scale = futurism_scale(arguments.probe, arguments.backbone)
         extractor = feature_extractor(arguments.backbone, size=arguments.extractor_size)
     sides = (heldout, common), (concepts, futuristic)
-    plain, closer = ([read_cars(images, arguments.n, G, E, eye, use_gains) for images, G in sides] for use_gains in (False, True))
-    z_a, z_b = ([code for code, _ in cars] for cars in plain)
+    plain, closer = ([read_cars(images, arguments.n, G, E, metric, use_channel_gains) for images, G in sides] for use_channel_gains in (False, True))
+    z_a, z_b = ([latent for latent, _ in cars] for cars in plain)
     with torch.no_grad():
-        apart = draw_latents(128, common.z_dim, seed=5)
-        reference = eye(common(apart[:64]), common(apart[64:])).mean().item()
+        apart = sample_latents(128, common.z_dim, seed=5)
+        reference = metric(common(apart[:64]), common(apart[64:])).mean().item()
 
-    def frames_of(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, options: dict, mode: str) -> torch.Tensor:
+    def make_frames(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, options: dict, mode: str) -> torch.Tensor:
         return blend_frames(common, futuristic, a, b, w, mode=mode, **options)
 
     def measure(name: str, options: dict, mode: str, planned: str = "", cars: list = plain) -> dict:
         paths, shares = [], []
-        for (a, gains_a), (b, gains_b) in zip(tqdm(cars[0], desc=name, unit="pair"), cars[1]):
-            w, own = POSITIONS, {**options, "gains": (gains_a, gains_b)}
-            if planned == "dial":
-                dial = calibrate(lambda raw: frames_of(a, b, raw, {}, mode), scale, n=25, perceptual=eye)  # noqa: B023 - called at once
-                w, _ = dial(POSITIONS), shares.append(dial.share)
-            elif planned == "route":
-                both = plan_route(lambda c, g: frames_of(a, b, c, {**own, "code": c, "generator": g}, mode), scale, perceptual=eye)(POSITIONS)  # noqa: B023
-                w, own = both[0], {**own, **dict(zip(("code", "generator"), both))}
-            moving = torch.zeros(len(w)) if options.get("code") is False else w
-            paths.append((frames_of(a, b, w, own, mode), blend_latents(a, b, moving, mode)))
-        found = measure_paths(paths, futurism=scale, perceptual=eye, reference=reference)
-        return {**found, "median_share": torch.tensor(shares).median().item()} if shares else found
+        for (a, channel_gains_a), (b, channel_gains_b) in zip(tqdm(cars[0], desc=name, unit="pair"), cars[1]):
+            w, own_part = POSITIONS, {**options, "channel_gains": (channel_gains_a, channel_gains_b)}
+            if planned == "calibrated":
+                calibration = calibrate(lambda raw: make_frames(a, b, raw, {}, mode), scale, n=25, perceptual=metric)  # noqa: B023 - called at once
+                w, _ = calibration(POSITIONS), shares.append(calibration.share)
+            elif planned == "planned":
+                both = plan_path(lambda c, g: make_frames(a, b, c, {**own_part, "latent": c, "generator": g}, mode), scale, perceptual=metric)(POSITIONS)  # noqa: B023
+                w, own_part = both[0], {**own_part, **dict(zip(("latent", "generator"), both))}
+            moving = torch.zeros(len(w)) if options.get("latent") is False else w
+            paths.append((make_frames(a, b, w, own_part, mode), blend_latents(a, b, moving, mode)))
+        results = measure_paths(paths, futurism=scale, perceptual=metric, reference=reference)
+        return {**results, "median_share": torch.tensor(shares).median().item()} if shares else results
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of pairs whose last car is no more futuristic than the first: they are counted
-        ways = {name: measure(name, *way) for name, way in WAYS.items()}
-        ways["norm, calibrated"] = measure("norm, calibrated", {}, "norm", "dial")
-        ways["norm, routed"] = measure("norm, routed", {}, "norm", "route")
-        ways["norm, routed, with gains"] = measure("norm, routed, with gains", {}, "norm", "route", closer)
+        by_path = {name: measure(name, *way) for name, way in PATHS.items()}
+        by_path["norm, calibrated"] = measure("norm, calibrated", {}, "norm", "calibrated")
+        by_path["norm, planned"] = measure("norm, planned", {}, "norm", "planned")
+        by_path["norm, planned, with channel gains"] = measure("norm, planned, with channel gains", {}, "norm", "planned", closer)
     lengths = {}
     for mode in ("lerp", "slerp", "norm"):
-        draws = [lambda w, a=a, b=b, mode=mode: frames_of(a, b, w, {}, mode) for a, b in zip(z_a[:100], z_b[:100])]
-        found = perceptual_path_length(draws, eye)
-        lengths[mode] = {"mean": found.mean().item(), "median": found.median().item(), "n": len(found)}
+        draws = [lambda w, a=a, b=b, mode=mode: make_frames(a, b, w, {}, mode) for a, b in zip(z_a[:100], z_b[:100])]
+        results = perceptual_path_length(draws, metric)
+        lengths[mode] = {"mean": results.mean().item(), "median": results.median().item(), "n": len(results)}
     with torch.no_grad():
-        drawn = [torch.cat([G(z) for z in draw_latents(500, common.z_dim, seed=3).split(50)]) for G in (common, futuristic)]
+        drawn = [torch.cat([G(z) for z in sample_latents(500, common.z_dim, seed=3).split(50)]) for G in (common, futuristic)]
     before, after = (scale(images) for images in drawn)
     pooled = ((before.var() + after.var()) / 2).sqrt()
     record = {
@@ -138,22 +138,22 @@ def main() -> None:
         "n_heldout": [len(heldout), len(concepts)],
         "generators": {"common": common.fingerprint(), "futuristic": futuristic.fingerprint(), **common.config()},
         "reference": reference,
-        "ways": ways,
+        "paths": by_path,
         "path_length": lengths,
         "realism": {f"w {w}": mid_blend_realism(common, futuristic, extractor, w=w) for w in (0.25, 0.5, 0.75)},
         "freezed": {"common": before.mean().item(), "futuristic": after.mean().item(),
                     "effect_size": ((after.mean() - before.mean()) / pooled).item(),
                     "held_out_common": scale(heldout).mean().item(), "held_out_concepts": scale(concepts).mean().item(),
-                    "same_code_distance": eye(drawn[0][:200], drawn[1][:200]).mean().item(),
-                    "other_code_distance": eye(drawn[0][:200], drawn[1][200:400]).mean().item()},
+                    "same_latent_distance": metric(drawn[0][:200], drawn[1][:200]).mean().item(),
+                    "other_latent_distance": metric(drawn[0][:200], drawn[1][200:400]).mean().item()},
     }  # fmt: skip
     if arguments.name == "toys":
-        record["factors"] = factor_drift(common, futuristic, reader)
+        record["factors"] = factor_drift(common, futuristic, regressor)
     else:
         record["probe"] = FuturismProbe.load(arguments.probe).report
     save_json(record, arguments.out / f"blend_{arguments.name}.json")
-    for name, found in ways.items():
-        shares = " ".join(f"{key} {found[key]:.0%}" for key in ("share_spearman_0.95", "share_steps_3x", "share_norms_5pct"))
+    for name, results in by_path.items():
+        shares = " ".join(f"{key} {results[key]:.0%}" for key in ("share_spearman_0.95", "share_steps_3x", "share_norms_5pct"))
         print(f"{name:70} {shares}")
 
 

@@ -27,7 +27,7 @@ from carproto.freezed import child_config
 from carproto.metrics import Evaluator, generate_images
 from carproto.readers import feature_extractor
 from carproto.sngan import Generator, measure_statistics
-from carproto.toyreader import ToyReader, toy_reader
+from carproto.toyreader import FactorRegressor, factor_regressor
 from carproto.trainer import TrainConfig, Trainer
 
 CHILD = {"d_steps": 1, "lr_g": 5e-4, "lr_d": 1e-3, "ema_images": 1000}
@@ -44,19 +44,19 @@ def describe_command() -> str:
 class Study:
     """The record of a study: NAME.json holds what all cells share, NAME.jsonl a line for each cell that is done."""
 
-    def __init__(self, path: Path, choices: dict):
-        self.path, self.about_path, self.choices = path, path.with_suffix(".json"), choices
+    def __init__(self, path: Path, config: dict):
+        self.path, self.about_path, self.config = path, path.with_suffix(".json"), config
         self.rows = RunFolder(path.parent).stats(path.name)
         self.commit = describe_environment()["commit"]
         if self.is_begun:
             known = load_json(self.about_path)
-            other = [name for name, value in json.loads(json.dumps(choices)).items() if known.get(name) != value]
+            other = [name for name, value in json.loads(json.dumps(config)).items() if known.get(name) != value]
             if other:
                 raise CarprotoError(f"{self.about_path} was made with another {', '.join(other)}: take another --out, or remove that record")
-        kept = "".join(json.dumps(row) + "\n" for row in self.rows)
-        if path.exists() and path.read_text(encoding="utf-8") != kept:  # a killed session left half a line
+        selected = "".join(json.dumps(row) + "\n" for row in self.rows)
+        if path.exists() and path.read_text(encoding="utf-8") != selected:  # a killed session left half a line
             with atomic_path(path) as temporary:
-                temporary.write_text(kept, encoding="utf-8")
+                temporary.write_text(selected, encoding="utf-8")
 
     @property
     def is_begun(self) -> bool:
@@ -65,7 +65,7 @@ class Study:
 
     def begin(self, **notes) -> None:
         """Write the shared part."""
-        save_json({"command": describe_command(), **self.choices, **notes, "machine": describe_environment()}, self.about_path)
+        save_json({"command": describe_command(), **self.config, **notes, "machine": describe_environment()}, self.about_path)
 
     def lacks(self, cell: dict) -> bool:
         """Whether a cell is still to be done."""
@@ -78,22 +78,22 @@ class Study:
             lines.write(json.dumps(self.rows[-1]) + "\n")
 
 
-class Judge:
+class StudyEvaluator:
     """Measures generators against held-out cars; toys are read for their futurism as well."""
 
-    def __init__(self, heldout: torch.Tensor, train: torch.Tensor, extractor: object, n_fake: int, reader: ToyReader | None):
-        self.evaluator, self.reader = Evaluator(heldout, extractor, train=train, n_fake=n_fake), reader
+    def __init__(self, heldout: torch.Tensor, train: torch.Tensor, extractor: object, n_fake: int, regressor: FactorRegressor | None):
+        self.evaluator, self.regressor = Evaluator(heldout, extractor, train=train, n_fake=n_fake), regressor
 
     def measure(self, trainer: Trainer) -> dict:
         """Draw cars with the averaged generator and measure them."""
-        G = measure_statistics(copy.deepcopy(trainer.ema), n_batches=N_STATISTICS)
+        G = measure_statistics(copy.deepcopy(trainer.G_ema), n_batches=N_STATISTICS)
         return self.measure_cars(generate_images(G, self.evaluator.n_fake, seed=self.evaluator.seed))
 
     def measure_cars(self, cars: torch.Tensor) -> dict:
         """Measure cars, drawn or real."""
         numbers = self.evaluator.evaluate_images(cars)
-        found = {name: numbers[name] for name in MEASURED}
-        return found | ({"futurism": self.reader.read(cars)["futurism"].mean().item()} if self.reader else {})
+        results = {name: numbers[name] for name in MEASURED}
+        return results | ({"futurism": self.regressor.predict(cars)["futurism"].mean().item()} if self.regressor else {})
 
 
 def without_renders(cars: CarImages) -> torch.Tensor:
@@ -101,12 +101,12 @@ def without_renders(cars: CarImages) -> torch.Tensor:
     return cars.images[[i for i, row in enumerate(cars.metadata) if row.get("kind") != "render"]]
 
 
-def open_sets(arguments: argparse.Namespace, size: int) -> tuple[torch.Tensor, torch.Tensor, object, ToyReader | None]:
+def open_sets(arguments: argparse.Namespace, size: int) -> tuple[torch.Tensor, torch.Tensor, object, FactorRegressor | None]:
     """Return the concept cars to learn from, the held-out ones, the extractor, and who reads the futurism of toys."""
     if arguments.name == "toys":
         numbers = {"train": arguments.n_train, "heldout": arguments.n_heldout}
         concepts, heldout = (open_cars("toycars-futuristic", size, split=split, n_toys=n).images for split, n in numbers.items())
-        return concepts, heldout, feature_extractor("toys"), toy_reader(quiet=True)
+        return concepts, heldout, feature_extractor("toys"), factor_regressor(quiet=True)
     concepts, heldout = (without_renders(CarImages(path, size)) for path in (arguments.concepts, arguments.heldout))
     return concepts, heldout, feature_extractor(arguments.backbone, size=96), None
 
@@ -114,11 +114,11 @@ def open_sets(arguments: argparse.Namespace, size: int) -> tuple[torch.Tensor, t
 def start_cell(parent: dict, config: TrainConfig, concepts: torch.Tensor) -> Trainer:
     """Make a trainer that goes on from the parent."""
     trainer = Trainer(concepts, config, pick_device())
-    trainer.start_from(copy.deepcopy(parent))  # Adam goes on in the tensors that it is given
+    trainer.init_from_parent(copy.deepcopy(parent))  # Adam goes on in the tensors that it is given
     return trainer
 
 
-def take_steps(trainer: Trainer, bar: tqdm) -> float:
+def run_steps(trainer: Trainer, bar: tqdm) -> float:
     """Do all steps of a cell; return their seconds."""
     start = time.perf_counter()
     while trainer.step < trainer.config.steps:
@@ -129,11 +129,11 @@ def take_steps(trainer: Trainer, bar: tqdm) -> float:
     return time.perf_counter() - start
 
 
-def do_cell(trainer: Trainer, judge: Judge, bar: tqdm) -> dict:
+def do_cell(trainer: Trainer, evaluator: StudyEvaluator, bar: tqdm) -> dict:
     """Train and measure; a cell that ends in NaN tells its reason."""
-    seconds, start = take_steps(trainer, bar), time.perf_counter()
+    seconds, start = run_steps(trainer, bar), time.perf_counter()
     try:
-        numbers = judge.measure(trainer)
+        numbers = evaluator.measure(trainer)
     except CarprotoError as error:
         numbers = {"failed": str(error)}
     return {**numbers, "seconds": round(seconds, 2), "seconds_to_measure": round(time.perf_counter() - start, 2)}
@@ -168,18 +168,18 @@ def run_study(arguments: argparse.Namespace) -> Study:
     if parent is None:
         raise CarprotoError(f"{arguments.parent} holds no trained run: give a folder with checkpoints in it")
     ancestor = TrainConfig(**RunFolder(arguments.parent).config())
-    concepts, heldout, extractor, reader = open_sets(arguments, ancestor.size)
+    concepts, heldout, extractor, regressor = open_sets(arguments, ancestor.size)
     G = Generator(ancestor.size, ancestor.z_dim, ancestor.width)
-    G.load_state_dict(parent["ema"])
+    G.load_state_dict(parent["G_ema"])
     child = {**CHILD, "steps": arguments.steps, "batch": arguments.batch}
-    choices = {
+    config = {
         "parent": {"step": parent["step"], "fingerprint": G.fingerprint(), "config": asdict(ancestor)}, "child": child,
         "policy": POLICY, "lecam_weight": LECAM_WEIGHT, "extractor": extractor.name, "n_train": len(concepts), "n_heldout": len(heldout),
         "n_fake": arguments.n_fake, "n_statistics": N_STATISTICS,
     }  # fmt: skip
     arguments.out.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments.out / f"{arguments.record or 'freezed_' + arguments.name}.jsonl", choices)
-    judge = Judge(heldout, concepts, extractor, arguments.n_fake, reader)
+    study = Study(arguments.out / f"{arguments.record or 'freezed_' + arguments.name}.jsonl", config)
+    evaluator = StudyEvaluator(heldout, concepts, extractor, arguments.n_fake, regressor)
 
     def start(seed: int, depth: int, augment: bool, lecam: bool) -> Trainer:
         changes = {**child, "seed": seed, "augment": POLICY if augment else None, "lecam_weight": LECAM_WEIGHT if lecam else 0.0}
@@ -187,22 +187,22 @@ def run_study(arguments: argparse.Namespace) -> Study:
 
     if not study.is_begun:
         first = start(arguments.seeds[0], 0, True, True)
-        fused = sorted(name for name, is_fused in first.forms.items() if is_fused)
-        real = judge.measure_cars(concepts[: arguments.n_fake])
+        fused = sorted(name for name, is_fused in first.fused_layers.items() if is_fused)
+        real = evaluator.measure_cars(concepts[: arguments.n_fake])
         real = {name: value for name, value in real.items() if name not in ("kid_train", "copy_rate")}  # these are the training cars
-        study.begin(precision=first.precision, fused=fused, before=judge.measure(first), real=real)
+        study.begin(precision=first.precision, fused=fused, before=evaluator.measure(first), real=real)
     depths, with_or_without = arguments.depths or range(ancestor.size.bit_length() - 1), (True,) if arguments.full else (True, False)
     grid = itertools.product(arguments.seeds, depths, with_or_without, with_or_without)
-    cells = [dict(zip(("seed", "depth", "augment", "lecam"), place)) for place in grid]
+    cells = [dict(zip(("seed", "depth", "augment", "lecam"), position)) for position in grid]
     cells = [cell for cell in cells if study.lacks(cell)]
     with tqdm(total=len(cells) * arguments.steps, desc=f"FreezeD on {arguments.name}", unit="step", dynamic_ncols=True) as bar:
         for i, cell in enumerate(cells):
             bar.set_postfix(cell=f"{i + 1}/{len(cells)}", seed=cell["seed"], depth=cell["depth"])
-            study.add({**cell, **do_cell(start(**cell), judge, bar)})
+            study.add({**cell, **do_cell(start(**cell), evaluator, bar)})
     return study
 
 
-def run_or_tell(run: Callable[[argparse.Namespace], Study], arguments: argparse.Namespace, unit: str) -> None:
+def run_or_report(run: Callable[[argparse.Namespace], Study], arguments: argparse.Namespace, unit: str) -> None:
     """Run a study; tell a mistake in one line."""
     name = Path(sys.modules[run.__module__].__file__).stem
     try:
@@ -216,7 +216,7 @@ def run_or_tell(run: Callable[[argparse.Namespace], Study], arguments: argparse.
 
 def main(argv: list[str] | None = None) -> None:
     """Study FreezeD."""
-    run_or_tell(run_study, read_arguments(argv), "cells")
+    run_or_report(run_study, read_arguments(argv), "cells")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from carproto.core import CarprotoError, describe_environment, draw_latents, load_json, save_json, to_tensor
+from carproto.core import CarprotoError, describe_environment, load_json, sample_latents, save_json, to_tensor
 from carproto.dataset import open_cars
-from carproto.encode import grade_encoder
+from carproto.encode import evaluate_encoder
 from carproto.encoder import load_encoder
 from carproto.invert import Inversion, InvertConfig, invert
-from carproto.losses import PerceptualDistance, discriminator_maps, squeezenet_maps
+from carproto.losses import PerceptualDistance, discriminator_features, squeezenet_features
 from carproto.metrics import psnr
 from carproto.train import best_generator, load_discriminator
 
@@ -30,30 +30,30 @@ def spread(values: list[float]) -> dict:
     return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None, "values": values}
 
 
-def grade_all(runs: list[Path], generators: dict) -> dict:
+def evaluate_all(runs: list[Path], generators: dict) -> dict:
     """Grade encoders that differ in their seeds only, on held-out codes of each generator."""
-    told = [load_json(run / "encoder" / "config.json") for run in runs]
+    text = [load_json(run / "encoder" / "config.json") for run in runs]
     configs = [load_json(run / "config.json") for run in runs]
     if any({**config, "seed": 0} != {**configs[0], "seed": 0} for config in configs):
         raise CarprotoError("the encoders differ in more than their seeds: they are no repetitions of each other")
     bound = generators["common"].fingerprint()
-    found = {"config": configs[0], "seeds": [config["seed"] for config in configs]}
+    results = {"config": configs[0], "seeds": [config["seed"] for config in configs]}
     for kind, G in generators.items():
-        grades = [grade_encoder(load_encoder(run / "encoder", fingerprint=bound, device="cpu"), [G]) for run in runs]
-        found[kind] = {name: spread([row[name] for row in grades]) for name in ("r2", "r2_low", "r2_high", "image_r2")}
-        found[kind]["r2_each"] = [row["r2_each"] for row in grades]
-    return {**found, **{name: spread([row[name] for row in told]) for name in PHOTOS if name in told[0]}}
+        scores = [evaluate_encoder(load_encoder(run / "encoder", fingerprint=bound, device="cpu"), [G]) for run in runs]
+        results[kind] = {name: spread([row[name] for row in scores]) for name in ("r2", "r2_low", "r2_high", "image_r2")}
+        results[kind]["r2_each"] = [row["r2_each"] for row in scores]
+    return {**results, **{name: spread([row[name] for row in text]) for name in PHOTOS if name in text[0]}}
 
 
-def judge(found: Inversion, targets: torch.Tensor, eyes: dict[str, PerceptualDistance]) -> dict:
+def evaluator(results: Inversion, targets: torch.Tensor, perceptual: dict[str, PerceptualDistance]) -> dict:
     """Measure an inversion by all eyes, before and after."""
-    numbers = {"psnr": psnr(found.images, targets).mean().item(), "psnr_start": psnr(found.images_start, targets).mean().item()}
+    numbers = {"psnr": psnr(results.images, targets).mean().item(), "psnr_start": psnr(results.images_start, targets).mean().item()}
     with torch.no_grad():
-        for name, eye in eyes.items():
-            pairs = list(zip(targets.split(32), found.images.split(32), found.images_start.split(32)))
-            numbers[f"distance_{name}"] = torch.cat([eye(x, y) for x, y, _ in pairs]).mean().item()
-            numbers[f"distance_{name}_start"] = torch.cat([eye(x, y) for x, _, y in pairs]).mean().item()
-    return {**numbers, "seconds": found.seconds.mean().item()}
+        for name, metric in perceptual.items():
+            pairs = list(zip(targets.split(32), results.images.split(32), results.images_start.split(32)))
+            numbers[f"distance_{name}"] = torch.cat([metric(x, y) for x, y, _ in pairs]).mean().item()
+            numbers[f"distance_{name}_start"] = torch.cat([metric(x, y) for x, _, y in pairs]).mean().item()
+    return {**numbers, "seconds": results.seconds.mean().item()}
 
 
 def main() -> None:
@@ -77,36 +77,36 @@ def main() -> None:
     heldout = open_cars(arguments.heldout, G.size, split="heldout" if arguments.heldout == "toycars" else None).images
     x = to_tensor(heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))[: arguments.n]])
     with torch.no_grad():
-        own = torch.cat([G(z) for z in draw_latents(arguments.n, G.z_dim, seed=2_000_003).split(32)])
-    eyes = {"discriminator": PerceptualDistance(discriminator_maps(load_discriminator(arguments.common, "cpu")))}
+        own_part = torch.cat([G(z) for z in sample_latents(arguments.n, G.z_dim, seed=2_000_003).split(32)])
+    perceptual = {"discriminator": PerceptualDistance(discriminator_features(load_discriminator(arguments.common, "cpu")))}
     if arguments.squeezenet:
-        eyes["squeezenet"] = PerceptualDistance(squeezenet_maps(arguments.squeezenet))
-    eye, choices = eyes["discriminator"], InvertConfig(steps=arguments.steps, batch=16)
-    refined, chance = (invert(x, G, start, perceptual=eye, config=choices) for start in (E, None))
-    gained, gained_chance = (invert(x, G, start, perceptual=eye, config=replace(choices, use_gains=True)) for start in (E, None))
-    zeros = invert(x, G, perceptual=eye, z_start=torch.zeros(len(x), G.z_dim), config=InvertConfig(steps=0))
-    again = invert(own, G, E, perceptual=eye, config=choices)
-    quality = psnr(again.images, own)
+        perceptual["squeezenet"] = PerceptualDistance(squeezenet_features(arguments.squeezenet))
+    metric, settings = perceptual["discriminator"], InvertConfig(steps=arguments.steps, batch=16)
+    refined, chance = (invert(x, G, start, perceptual=metric, config=settings) for start in (E, None))
+    gained, gained_chance = (invert(x, G, start, perceptual=metric, config=replace(settings, use_channel_gains=True)) for start in (E, None))
+    zeros = invert(x, G, perceptual=metric, z_start=torch.zeros(len(x), G.z_dim), config=InvertConfig(steps=0))
+    again = invert(own_part, G, E, perceptual=metric, config=settings)
+    quality = psnr(again.images, own_part)
     record = {
         "command": f"python tools/study_invert.py {arguments.name} --steps {arguments.steps} --n {arguments.n} --threads {arguments.threads}",
         "machine": describe_environment(),
         "generator": {**G.config(), "fingerprint": G.fingerprint()},
-        "invert": {"steps": arguments.steps, "batch": choices.batch, "lr": choices.lr, "n": len(x), "seed": 0, "n_gains": G.n_gains},
-        "encoder": grade_all(arguments.encoders, generators),
+        "invert": {"steps": arguments.steps, "batch": settings.batch, "lr": settings.lr, "n": len(x), "seed": 0, "n_channel_gains": G.n_channel_gains},
+        "encoder": evaluate_all(arguments.encoders, generators),
         "heldout": {
-            "refined from the encoder": judge(refined, x, eyes),
-            "refined from chance": judge(chance, x, eyes),
-            "refined with gains from the encoder": judge(gained, x, eyes),
-            "refined with gains from chance": judge(gained_chance, x, eyes),
-            "always zero, as the seed system": judge(zeros, x, eyes),
+            "refined from the encoder": evaluator(refined, x, perceptual),
+            "refined from chance": evaluator(chance, x, perceptual),
+            "refined with channel gains from the encoder": evaluator(gained, x, perceptual),
+            "refined with channel gains from chance": evaluator(gained_chance, x, perceptual),
+            "always zero (the 2022 baseline)": evaluator(zeros, x, perceptual),
         },
-        "own": {**judge(again, own, eyes), "share_30_db": (quality >= 30).float().mean().item(), "psnr_median": quality.median().item()},
+        "reconstruction_of_samples": {**evaluator(again, own_part, perceptual), "share_30_db": (quality >= 30).float().mean().item(), "psnr_median": quality.median().item()},
     }
     save_json(record, arguments.out / f"invert_{arguments.name}.json")
     after, before = (record["heldout"]["refined from the encoder"][f"distance_discriminator{end}"] for end in ("", "_start"))
     by_chance = record["heldout"]["refined from chance"]["distance_discriminator"]
     print(f"R2 {record['encoder']['common']['r2']['mean']:.3f}; distance {before:.3f} encoded, {after:.3f} refined ({after / before - 1:+.0%}), "
-          f"{by_chance:.3f} from chance ({after / by_chance - 1:+.0%}); {record['own']['share_30_db']:.0%} of own cars at 30 dB; "
+          f"{by_chance:.3f} from chance ({after / by_chance - 1:+.0%}); {record['reconstruction_of_samples']['share_30_db']:.0%} of own cars at 30 dB; "
           f"{refined.seconds.mean():.2f} s a picture")  # fmt: skip
 
 

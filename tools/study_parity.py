@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from study_freezed import Study, run_or_tell
+from study_freezed import Study, run_or_report
 from tqdm import tqdm
 
 from carproto.blocks import ConvPool
@@ -22,17 +22,17 @@ from carproto.dataset import open_cars
 from carproto.metrics import Evaluator
 from carproto.trainer import TrainConfig, Trainer
 
-FORMS = ("plain", "ours")
+VARIANTS = ("plain", "ours")
 MEASURED = ("kid", "kid_sd", "frechet", "precision", "recall", "coverage", "copy_rate")
 
 
-def make_trainer(images: torch.Tensor, config: TrainConfig, form: str, ours: str) -> Trainer:
+def make_trainer(images: torch.Tensor, config: TrainConfig, variant: str, ours: str) -> Trainer:
     """Make a trainer whose layers and numbers are plain, or ours."""
-    trainer = Trainer(images, replace(config, precision="fp32" if form == "plain" else ours), pick_device())
-    if form == "plain":
-        trainer.take_forms(dict.fromkeys(trainer.forms, False))
-    elif not any(trainer.forms[name] for name in pooling_layers(trainer)):
-        trainer.take_forms(trainer.forms | dict.fromkeys(pooling_layers(trainer), True))
+    trainer = Trainer(images, replace(config, precision="fp32" if variant == "plain" else ours), pick_device())
+    if variant == "plain":
+        trainer.load_fused(dict.fromkeys(trainer.fused_layers, False))
+    elif not any(trainer.fused_layers[name] for name in pooling_layers(trainer)):
+        trainer.load_fused(trainer.fused_layers | dict.fromkeys(pooling_layers(trainer), True))
     return trainer
 
 
@@ -41,22 +41,22 @@ def pooling_layers(trainer: Trainer) -> list[str]:
     return [f"D.{name}" for name, layer in trainer.D.named_modules() if isinstance(layer, ConvPool)]
 
 
-def train_run(trainer: Trainer, places: list[int], judge: Evaluator, bar: tqdm) -> dict:
+def train_run(trainer: Trainer, points: list[int], evaluator: Evaluator, bar: tqdm) -> dict:
     """Train, and measure at some steps; the seconds are those of training."""
     seconds, measured = 0.0, []
-    for place in places:
+    for position in points:
         start = time.perf_counter()
-        while trainer.step < place:
+        while trainer.step < position:
             for _ in range(trainer.config.d_steps):
                 trainer.step_discriminator()
             trainer.step_generator()
             bar.update()
         seconds += time.perf_counter() - start
         try:
-            numbers = judge.evaluate(trainer.drawing_generator())
+            numbers = evaluator.evaluate(trainer.snapshot_ema())
         except CarprotoError as error:
-            return {"measured": measured, "failed": f"at step {place}: {error}"}
-        measured.append({"step": place, "seconds": round(seconds, 2), **{name: numbers[name] for name in MEASURED}})
+            return {"measured": measured, "failed": f"at step {position}: {error}"}
+        measured.append({"step": position, "seconds": round(seconds, 2), **{name: numbers[name] for name in MEASURED}})
         bar.set_postfix(seed=trainer.config.seed, kid=f"{numbers['kid']:.3f}")
     return {"measured": measured}
 
@@ -84,31 +84,31 @@ def run_study(arguments: argparse.Namespace) -> Study:
         lecam_start=arguments.steps // 5, report_every=arguments.steps,
     )  # fmt: skip
     n_places = min(arguments.n_measured, arguments.steps)
-    places = [round(arguments.steps * (i + 1) / n_places) for i in range(n_places)]
+    points = [round(arguments.steps * (i + 1) / n_places) for i in range(n_places)]
     numbers = {"train": arguments.n_train, "heldout": arguments.n_heldout}
     images, heldout = (open_cars("toycars", arguments.size, split=split, n_toys=n).images for split, n in numbers.items())
-    judge = Evaluator(heldout, "toys", train=images)
+    evaluator = Evaluator(heldout, "toys", train=images)
     shared = {name: value for name, value in asdict(config).items() if name not in ("seed", "precision")}
-    choices = {"config": shared, "precision_of_ours": arguments.precision, "measured_at": places, "extractor": judge.extractor.name}
+    settings = {"config": shared, "precision_of_ours": arguments.precision, "measured_at": points, "extractor": evaluator.extractor.name}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    study = Study(arguments.out / "parity.jsonl", choices | {"n_train": len(images), "n_heldout": len(heldout)})
+    study = Study(arguments.out / "parity.jsonl", settings | {"n_train": len(images), "n_heldout": len(heldout)})
     if not study.is_begun:
         study.begin()
-    runs = [{"seed": seed, "form": form} for i, seed in enumerate(arguments.seeds) for form in FORMS[:: -1 if i % 2 else 1]]
+    runs = [{"seed": seed, "variant": variant} for i, seed in enumerate(arguments.seeds) for variant in VARIANTS[:: -1 if i % 2 else 1]]
     runs = [run for run in runs if study.lacks(run)]
     with tqdm(total=len(runs) * arguments.steps, unit="step", dynamic_ncols=True) as bar:
         for i, run in enumerate(runs):
-            bar.set_description(f"{run['form']}, run {i + 1} of {len(runs)}")
-            trainer = make_trainer(images, replace(config, seed=run["seed"]), run["form"], arguments.precision)
-            fused = sorted(name for name, is_fused in trainer.forms.items() if is_fused)
-            about = {"precision": trainer.precision, "n_layers": len(trainer.forms), "n_fused": len(fused), "fused": fused}
-            study.add({**run, **about, **train_run(trainer, places, judge, bar)})
+            bar.set_description(f"{run['variant']}, run {i + 1} of {len(runs)}")
+            trainer = make_trainer(images, replace(config, seed=run["seed"]), run["variant"], arguments.precision)
+            fused = sorted(name for name, is_fused in trainer.fused_layers.items() if is_fused)
+            about = {"precision": trainer.precision, "n_layers": len(trainer.fused_layers), "n_fused": len(fused), "fused": fused}
+            study.add({**run, **about, **train_run(trainer, points, evaluator, bar)})
     return study
 
 
 def main(argv: list[str] | None = None) -> None:
     """Compare forms."""
-    run_or_tell(run_study, read_arguments(argv), "runs")
+    run_or_report(run_study, read_arguments(argv), "runs")
 
 
 if __name__ == "__main__":

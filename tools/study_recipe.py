@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from study_freezed import Study, describe_command, run_or_tell
+from study_freezed import Study, describe_command, run_or_report
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -73,33 +73,33 @@ class ByBatch(nn.Module):
         return self.G.train()(z)
 
 
-class Averages:
+class EMAs:
     """Averages of the generator with other half-lives, beside the trainer's own."""
 
     def __init__(self, trainer: Trainer):
-        self.kept = {images: copy.deepcopy(trainer.ema) for images in HALF_LIVES}
+        self.selected = {images: copy.deepcopy(trainer.G_ema) for images in HALF_LIVES}
         self.trainer = trainer
 
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the generator, as the trainer's own average does."""
-        for images, average in self.kept.items():
+        for images, average in self.selected.items():
             decay = min(0.5 ** (self.trainer.config.batch / images), self.trainer.step / (10 + self.trainer.step))
             get_ema_multi_avg_fn(decay)(list(average.parameters()), list(self.trainer.G.parameters()), None)
 
 
-def measure(G: nn.Module, judge: Evaluator) -> dict:
+def measure(G: nn.Module, evaluator: Evaluator) -> dict:
     """Measure a generator, or tell why it cannot be."""
     try:
-        numbers = judge.evaluate(G)
+        numbers = evaluator.evaluate(G)
     except CarprotoError as error:
         return {"failed": str(error)}
     return {name: numbers[name] for name in MEASURED}
 
 
-def as_drawn(trainer: Trainer, by_batch: bool) -> nn.Module:
+def as_generated(trainer: Trainer, by_batch: bool) -> nn.Module:
     """Return the generator as its recipe draws with it."""
-    return ByBatch(copy.deepcopy(trainer.G)) if by_batch else trainer.drawing_generator()
+    return ByBatch(copy.deepcopy(trainer.G)) if by_batch else trainer.snapshot_ema()
 
 
 def start_run(recipe: dict, config: TrainConfig, images: torch.Tensor) -> tuple[Trainer, bool]:
@@ -111,7 +111,7 @@ def start_run(recipe: dict, config: TrainConfig, images: torch.Tensor) -> tuple[
     return Trainer(photos, replace(config, **changes), pick_device()), by_batch
 
 
-def take_step(trainer: Trainer) -> float:
+def run_step(trainer: Trainer) -> float:
     """Do one step of the recipe; return its seconds."""
     start = time.perf_counter()
     for _ in range(trainer.config.d_steps):
@@ -120,19 +120,19 @@ def take_step(trainer: Trainer) -> float:
     return time.perf_counter() - start
 
 
-def train_run(trainer: Trainer, places: list[int], by_batch: bool, judge: Evaluator, bar: tqdm) -> dict:
+def train_run(trainer: Trainer, points: list[int], by_batch: bool, evaluator: Evaluator, bar: tqdm) -> dict:
     """Train, and measure at some steps; the seconds are those of training."""
-    seconds, measured, averages = 0.0, [], Averages(trainer)
-    for place in places:
-        while trainer.step < place:
-            seconds += take_step(trainer)
-            averages.update()
+    seconds, measured, emas = 0.0, [], EMAs(trainer)
+    for position in points:
+        while trainer.step < position:
+            seconds += run_step(trainer)
+            emas.update()
             bar.update()
-        measured.append({"step": place, "seconds": round(seconds, 2), **measure(as_drawn(trainer, by_batch), judge)})
+        measured.append({"step": position, "seconds": round(seconds, 2), **measure(as_generated(trainer, by_batch), evaluator)})
         bar.set_postfix(seed=trainer.config.seed, kid=f"{measured[-1].get('kid', float('nan')):.3f}")
-    others = {"raw": trainer.G, **averages.kept}
-    others = {str(name): measure(measure_statistics(copy.deepcopy(G)), judge) for name, G in others.items()}
-    return {"measured": measured, "averages": others}
+    others = {"raw": trainer.G, **emas.selected}
+    others = {str(name): measure(measure_statistics(copy.deepcopy(G)), evaluator) for name, G in others.items()}
+    return {"measured": measured, "emas": others}
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -171,12 +171,12 @@ def time_recipes(arguments: argparse.Namespace, n_rounds: int = 8, n_steps: int 
     seconds = {name: [] for name in trainers}
     for _ in tqdm(range(n_rounds + 1), desc="taking turns", unit="round"):
         for name, trainer in trainers.items():
-            seconds[name].append(sum(take_step(trainer) for _ in range(n_steps)) / n_steps)
-    found = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
-    record = {"command": describe_command(), "config": asdict(config), "n_steps": n_steps, "seconds": found, "machine": describe_environment()}
+            seconds[name].append(sum(run_step(trainer) for _ in range(n_steps)) / n_steps)
+    results = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
+    record = {"command": describe_command(), "config": asdict(config), "n_steps": n_steps, "seconds": results, "machine": describe_environment()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     save_json(record, arguments.out / f"{arguments.record or 'recipe_time'}.json")
-    print(", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in found.items()))
+    print(", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in results.items()))
 
 
 def run_study(arguments: argparse.Namespace) -> Study:
@@ -189,15 +189,15 @@ def run_study(arguments: argparse.Namespace) -> Study:
         raise CarprotoError(f"{', '.join(sorted(unknown))}: no such recipe, choose of {', '.join(recipes)}")
     config = read_config(arguments)
     n_places = min(arguments.n_measured, arguments.steps)
-    places = [round(arguments.steps * (i + 1) / n_places) for i in range(n_places)]
+    points = [round(arguments.steps * (i + 1) / n_places) for i in range(n_places)]
     images, heldout = (CarImages(path, arguments.size).images for path in (arguments.data, arguments.heldout))
-    judge = Evaluator(heldout, feature_extractor(arguments.backbone, size=96), train=images, n_fake=arguments.n_fake)
+    evaluator = Evaluator(heldout, feature_extractor(arguments.backbone, size=96), train=images, n_fake=arguments.n_fake)
     varied = {*itertools.chain.from_iterable(recipes.values()), "seed", "flips", "by_batch"}
     shared = {name: value for name, value in asdict(config).items() if name not in varied or name == "batch"}
-    choices = {"config": shared, "measured_at": places, "extractor": judge.extractor.name, "n_train": len(images), "n_heldout": len(heldout)}
+    settings = {"config": shared, "measured_at": points, "extractor": evaluator.extractor.name, "n_train": len(images), "n_heldout": len(heldout)}
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.record or 'recipe_' + arguments.name}.jsonl"
-    study = Study(path, choices | {"n_fake": arguments.n_fake, "recipes": recipes})
+    study = Study(path, settings | {"n_fake": arguments.n_fake, "recipes": recipes})
     if not study.is_begun:
         study.begin()
     runs = [{"seed": seed, "recipe": name} for seed in arguments.seeds for name in arguments.recipes or recipes]
@@ -206,8 +206,8 @@ def run_study(arguments: argparse.Namespace) -> Study:
         for i, run in enumerate(runs):
             bar.set_description(f"{run['recipe']}, run {i + 1} of {len(runs)}")
             trainer, by_batch = start_run(recipes[run["recipe"]], replace(config, seed=run["seed"]), images)
-            fused = sorted(name for name, is_fused in trainer.forms.items() if is_fused)
-            study.add({**run, "precision": trainer.precision, "fused": fused, **train_run(trainer, places, by_batch, judge, bar)})
+            fused = sorted(name for name, is_fused in trainer.fused_layers.items() if is_fused)
+            study.add({**run, "precision": trainer.precision, "fused": fused, **train_run(trainer, points, by_batch, evaluator, bar)})
     return study
 
 
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.name == "time":
         time_recipes(arguments)
     else:
-        run_or_tell(run_study, arguments, "runs")
+        run_or_report(run_study, arguments, "runs")
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ class Stages:
     """The stages, each in its folder; all can be called again."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.told, self.folder, self.start = arguments, arguments.runs / arguments.name, time.monotonic()
-        self.judged = {"extractor": arguments.backbone, "extractor_size": 96 if arguments.backbone.endswith(".safetensors") else None}
+        self.text, self.folder, self.start = arguments, arguments.runs / arguments.name, time.monotonic()
+        self.evaluated = {"extractor": arguments.backbone, "extractor_size": 96 if arguments.backbone.endswith(".safetensors") else None}
 
     def path(self, stage: str) -> str:
         """Say where a stage's run lies."""
@@ -60,11 +60,11 @@ class Stages:
 
     def minutes_left(self) -> float | None:
         """Say for how long the next stage may run; None means for ever."""
-        if self.told.max_minutes is None:
+        if self.text.max_minutes is None:
             return None
-        left = self.told.max_minutes - (time.monotonic() - self.start) / 60
+        left = self.text.max_minutes - (time.monotonic() - self.start) / 60
         if left <= 0:
-            raise CarprotoError(f"{self.told.max_minutes:g} minutes are over; the same command goes on")
+            raise CarprotoError(f"{self.text.max_minutes:g} minutes are over; the same command goes on")
         return left
 
     def check_done(self, stage: str, weights: str, steps: int) -> None:
@@ -75,24 +75,24 @@ class Stages:
 
     def train(self, stage: str, z_dim: int, steps: int) -> None:
         """Train on common cars."""
-        told = self.told
+        text = self.text
         config = TrainConfig(
-            size=told.size, width=told.width, z_dim=z_dim, steps=steps, batch=told.batch, d_steps=told.d_steps, beta2=told.beta2,
-            augment=told.augment, report_every=told.report_every, seed=told.seed,
+            size=text.size, width=text.width, z_dim=z_dim, steps=steps, batch=text.batch, d_steps=text.d_steps, beta2=text.beta2,
+            augment=text.augment, report_every=text.report_every, seed=text.seed,
         )  # fmt: skip
         run = {"run": self.path(stage), "allow_changes": True, "max_minutes": self.minutes_left()}
-        commands.train(Train(told.data, heldout=told.heldout, config=config, **run, **self.judged))
+        commands.train(Train(text.data, heldout=text.heldout, config=config, **run, **self.evaluated))
         self.check_done(stage, "final", steps)
 
     def finetune(self, stage: str, source: str, steps: int) -> None:
         """Fine-tune on concept cars."""
-        told = self.told
+        text = self.text
         config = FinetuneConfig(
-            n_frozen=told.n_frozen, steps=steps, report_every=max(told.report_every // 2, 1), seed=told.seed
+            n_frozen=text.n_frozen, steps=steps, report_every=max(text.report_every // 2, 1), seed=text.seed
         )
         run = {"run": self.path(stage), "max_minutes": self.minutes_left()}
         commands.finetune(
-            Finetune(self.path(source), told.concepts, heldout=told.concepts_heldout, config=config, **run, **self.judged)
+            Finetune(self.path(source), text.concepts, heldout=text.concepts_heldout, config=config, **run, **self.evaluated)
         )
         self.check_done(stage, "final", steps)
 
@@ -103,9 +103,9 @@ class Stages:
 
     def encode(self, stage: str, common: str, futuristic: str, steps: int) -> None:
         """Train the encoder of the pair."""
-        told = self.told
-        photos = {"data": told.data, "heldout": told.heldout, "concepts": told.concepts, "heldout_concepts": told.concepts_heldout}
-        config = EncoderConfig(width=32, steps=steps, seed=told.seed)
+        text = self.text
+        photos = {"data": text.data, "heldout": text.heldout, "concepts": text.concepts, "heldout_concepts": text.concepts_heldout}
+        config = EncoderConfig(width=32, steps=steps, seed=text.seed)
         run = {"run": self.path(stage), "max_minutes": self.minutes_left()}
         latent_commands.encode(Encode(self.path(common), self.path(futuristic), config=config, **photos, **run))
         self.check_done(stage, "encoder", steps)
@@ -113,12 +113,12 @@ class Stages:
     def measure(self, stage: str, heldout: str, train: str) -> None:
         """Measure a generator on a thousand drawn cars, unless that was done."""
         if not (self.folder / stage / "evaluation.json").exists():
-            commands.evaluate(Evaluate(self.path(stage), heldout, train=train, n_fake=1000, **self.judged))
+            commands.evaluate(Evaluate(self.path(stage), heldout, train=train, n_fake=1000, **self.evaluated))
 
     def run(self) -> None:
         """Go through all stages."""
-        told, (first, settled, last) = self.told, self.told.z_dims
-        n_first, n_common, n_concept, n_encoder = told.steps
+        text, (first, settled, last) = self.text, self.text.z_dims
+        n_first, n_common, n_concept, n_encoder = text.steps
         self.train("common_first", first, n_first)
         self.shorten("common_settled", "common_first", settled)
         self.train("common_settled", settled, n_common)
@@ -126,10 +126,10 @@ class Stages:
         self.shorten("common", "common_settled", last)
         self.shorten("futuristic", "futuristic_settled", last, like="common")
         self.encode("encoder", "common", "futuristic", n_encoder)
-        self.measure("common", told.heldout, told.data)
-        self.measure("futuristic", told.concepts_heldout, told.concepts)
+        self.measure("common", text.heldout, text.data)
+        self.measure("futuristic", text.concepts_heldout, text.concepts)
         parts = [word for part in ("common", "futuristic", "encoder") for word in (f"--{part}", self.path(part))]
-        release.main([told.name, *parts, "--data", str(told.out)])
+        release.main([text.name, *parts, "--data", str(text.out)])
 
 
 def main(argv: list[str] | None = None) -> None:
