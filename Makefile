@@ -13,7 +13,7 @@ INPUTS := setup.py settings.ini $(if $(VENV_WORKS),,new_venv)
 help:
 	@echo "make demo       draw cars, train, blend: runs/demo/report.html (10 minutes on two cores, offline)"
 	@echo "make test       run every check: ruff, notebooks, pytest (20 minutes at most)"
-	@echo "make notebooks  run the notebooks and store their outputs (all, or NB=nbs/00_core.ipynb)"
+	@echo "make notebooks  run the notebooks and store their outputs (all, or NB=nbs/0_base/00_core.ipynb)"
 	@echo "make sync       write anew what is generated from the notebooks: carproto/, README.md, the docs' sidebar"
 	@echo "make docs       build the site in _docs/ (needs Quarto)"
 	@echo "make bench      time training against torch-mimicry and the plain form (8 minutes on two cores): runs/bench/bench.json"
@@ -46,7 +46,7 @@ docs: .venv/.dev
 bench: .venv/.runtime
 	@[ -d .bench/torch_mimicry ] || $(BIN)/python -m pip install --quiet --no-deps --target .bench torch-mimicry==0.1.16 \
 		|| echo "torch-mimicry could not be installed (see above): the table goes without it" >&2
-	@$(IN_VENV) python tools/bench.py $(ARGS)
+	@$(IN_VENV) python studies/bench.py $(ARGS)
 
 clean:
 	rm -rf .venv .bench _docs _proc build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Let `python -m carproto` be the command `carproto`."""
 import sys
 
-from carproto.cli import main
+from carproto.app.cli import main
 
 sys.exit(main())

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from carproto.sngan import Discriminator, Generator
+from carproto.gan.sngan import Discriminator, Generator
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path.insert(0, str(ROOT / "studies"))
 import bench  # noqa: E402
 import bench_peers  # noqa: E402
 
@@ -22,7 +22,7 @@ import bench_peers  # noqa: E402
 def test_record_holds_what_was_measured(tmp_path):
     path = tmp_path / "new/bench.json"
     options = ["--device", "cpu", "--threads", "1", "--sizes", "32:8", "--batch", "2", "--rounds", "2", "--turn", "0", "--out", str(path)]
-    done = subprocess.run([sys.executable, str(ROOT / "tools/bench.py"), *options], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(ROOT / "studies/bench.py"), *options], capture_output=True, text=True, timeout=300)
     assert not done.returncode, done.stdout + done.stderr
     said, record = done.stdout, json.loads(path.read_text(encoding="utf-8"))
     assert record["environment"]["torch"] == torch.__version__ and record["environment"]["n_threads"] == 1

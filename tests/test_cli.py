@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from carproto.cli import COMMANDS, parse
+from carproto.app.cli import COMMANDS, parse
 from carproto.config import DemoPlan, EncoderConfig, FinetuneConfig, InvertConfig, TrainConfig
-from carproto.toycars import ToyCars
+from carproto.toycars.dataset import ToyCars
 
 CARPROTO = Path(sys.executable).parent / "carproto"
 TINY = "--size 16 --width 4 --batch 8 --report_every 1000".split()
@@ -47,7 +47,7 @@ def cars(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", [None, *COMMANDS])
 def test_help_comes_within_a_second_and_without_torch(name, tmp_path):
     """CPU seconds are measured, since other work may share the machine."""
-    latent = "import sys; from carproto.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
+    latent = "import sys; from carproto.app.cli import main; code = main(sys.argv[1:]); print('torch' in sys.modules); sys.exit(code)"
     line = [sys.executable, "-c", latent]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*line, *([name] if name else []), "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
@@ -63,7 +63,7 @@ def test_every_default_is_the_dataclass_of_its_stage():
     assert parse(["demo"]).plan == DemoPlan()
 
 
-@pytest.mark.parametrize("module", ["carproto", "carproto.cli"])
+@pytest.mark.parametrize("module", ["carproto", "carproto.app.cli"])
 def test_python_runs_the_package(module, tmp_path):
     done = subprocess.run([sys.executable, "-m", module, "train", "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--data PATH" in done.stdout

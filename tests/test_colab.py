@@ -62,7 +62,7 @@ given = before
 STUDIO = """
 import io
 from carproto.core import to_picture
-from carproto.toycars import ToyCars
+from carproto.toycars.dataset import ToyCars
 
 def moves(change):
     before = studio.picture.value
@@ -102,8 +102,8 @@ choose_file(studio.photo, "mine.png", picture.getvalue())
 LABELLING = """
 import tempfile
 from pathlib import Path
-from carproto.labelling import LabelPanel, read_labels
-from carproto.views import render_views
+from carproto.app.labelling import LabelPanel, read_labels
+from carproto.data.views import render_views
 
 folder = Path(tempfile.mkdtemp())
 for i, image in enumerate(render_views(9, 32, seed=3)[0]):

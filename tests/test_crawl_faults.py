@@ -22,20 +22,20 @@ import pytest
 for name in ("requests", "protego", "selectolax"):
     pytest.importorskip(name)
 
-from carproto.core import CarprotoError  # noqa: E402
-from carproto.crawl import PhotoRecord, crawl, export_url_list, read_manifest, write_data_card  # noqa: E402
-from carproto.fetch import Fetcher  # noqa: E402
-from carproto.guard import FetchError, check_picture, find_private  # noqa: E402
-from carproto.manifest import Manifest, read_json_lines  # noqa: E402
-from carproto.search import (  # noqa: E402
-    _launch,
-    parse_google,
-    render_page,
-    search_commons,
-    search_images,
-    search_openverse,
+from carproto.config import CarprotoError  # noqa: E402
+from carproto.files import read_json_lines  # noqa: E402
+from carproto.scrape.catalogue import crawl_car_connection, parse_links, parse_photos, parse_specs  # noqa: E402
+from carproto.scrape.crawl import crawl  # noqa: E402
+from carproto.scrape.fetch import Fetcher  # noqa: E402
+from carproto.scrape.image_search import _launch, parse_google, render_page, search_commons, search_images, search_openverse  # noqa: E402
+from carproto.scrape.manifest import (  # noqa: E402
+    Manifest,  # noqa: E402
+    PhotoRecord,
+    export_url_list,
+    read_manifest,
+    write_data_card,
 )
-from carproto.sources import crawl_car_connection, parse_links, parse_photos, parse_specs  # noqa: E402
+from carproto.scrape.security import FetchError, check_picture, find_private  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from local_site import LocalSite, flat_png, gzip_bomb, render_car  # noqa: E402
@@ -240,7 +240,7 @@ def test_a_proxy_opens_no_way_into_the_house(site, monkeypatch):
 
 
 def test_a_site_that_shows_the_door_is_left_alone(site, monkeypatch):
-    monkeypatch.setattr("carproto.fetch._MAX_REFUSALS", 3)
+    monkeypatch.setattr("carproto.scrape.fetch._MAX_REFUSALS", 3)
     fetcher, reasons = hasty(), []
     for _ in range(4):
         with pytest.raises(FetchError) as caught:
@@ -360,7 +360,7 @@ def test_whatever_escapes_from_a_picture_is_recorded(site, tmp_path, monkeypatch
             raise RecursionError("nested too deep")
         return real(content, **options)
 
-    monkeypatch.setattr("carproto.fetch.check_picture", fail)
+    monkeypatch.setattr("carproto.scrape.security.check_picture", fail)
     records = [PhotoRecord(f"{site.url}/pictures/odd-{i}.jpg") for i in range(4)] + [PhotoRecord(7), PhotoRecord(["x"])]
     summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
     assert summary.saved == 3 and summary.n_failed == 3
@@ -374,7 +374,7 @@ def test_whatever_escapes_from_a_page_is_recorded(site, tmp_path, monkeypatch):
     def fail(page):
         raise error
 
-    monkeypatch.setattr("carproto.sources.parse_specs", fail)
+    monkeypatch.setattr("carproto.scrape.catalogue.parse_specs", fail)
     points = {"makes": ["Volvo"], "base_url": site.url, "image_url": f"{site.url}/img/", "quiet": True}
     error = MemoryError("no more")
     summary = crawl_car_connection(tmp_path / "cars", fetcher=hasty(), **points)
@@ -421,7 +421,7 @@ def test_a_hostile_answer_of_one_service_leaves_the_other(tmp_path, answer):
 
 
 def test_a_search_without_end_ends(monkeypatch):
-    monkeypatch.setattr("carproto.search._MAX_ANSWERS", 5)
+    monkeypatch.setattr("carproto.scrape.image_search._MAX_ANSWERS", 5)
     with LocalSite() as site:
         whole = site.commons
         more = {"continue": {"gsroffset": 50}}
@@ -613,8 +613,8 @@ def test_memory_stays_flat(site, tmp_path):
 PARENT = """
 import json, os, sys
 import protego, requests, selectolax.lexbor
-from carproto.fetch import Fetcher
-from carproto.sources import crawl_car_connection
+from carproto.scrape.fetch import Fetcher
+from carproto.scrape.catalogue import crawl_car_connection
 for line in sys.stdin:
     folder, url = json.loads(line)
     child = os.fork()
@@ -713,7 +713,7 @@ BIN = Path(sys.executable).parent
 
 def scrape(*arguments: str) -> int:
     """Run `carproto scrape` within this process."""
-    return pytest.importorskip("carproto.cli").main(["scrape", *map(str, arguments)])
+    return pytest.importorskip("carproto.app.cli").main(["scrape", *map(str, arguments)])
 
 
 def test_scrape_and_curate_as_console_commands(site, tmp_path):

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from carproto.core import CarprotoError
-from carproto.curate import contact_sheet, curate, undo_curation
-from carproto.dataset import CarImages
-from carproto.toycars import ToyCars
+from carproto.config import CarprotoError
+from carproto.data.curate import contact_sheet, curate, undo_curation
+from carproto.data.dataset import CarImages
+from carproto.toycars.dataset import ToyCars
 
 FULL_DISK = """
 import resource, signal, sys
 from carproto.core import CarprotoError
-from carproto.curate import curate
+from carproto.data.curate import curate
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 try:
@@ -29,7 +29,7 @@ try:
 except CarprotoError as error:
     print(error)
 """
-CURATE = "import sys; from carproto.curate import curate; print(len(curate(sys.argv[1], quiet=True)))"
+CURATE = "import sys; from carproto.data.curate import curate; print(len(curate(sys.argv[1], quiet=True)))"
 
 
 @pytest.fixture

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from carproto.core import to_picture
-from carproto.labelling import KEYS, labels_path, read_labels
-from carproto.manifest import read_json_lines
-from carproto.views import render_views
+from carproto.app.labelling import KEYS
+from carproto.data.labels import labels_path, read_labels
+from carproto.data.views import render_views
+from carproto.files import read_json_lines
+from carproto.images import to_picture
 
 sys.path.insert(0, str(Path(__file__).parent))
 from jupyter import SHOTS, browser, check_layout, open_notebook, serve_lab, show_in, write_notebook  # noqa: E402, F401
@@ -16,7 +17,7 @@ KEY_OF = {view: key for key, view in KEYS.items()}
 N = 24
 PANEL = """
 import torch.nn.functional as F
-from carproto.labelling import LabelPanel
+from carproto.app.labelling import LabelPanel
 panel = LabelPanel({folder!r}, lambda images: F.adaptive_avg_pool2d(images, 12), learn_from=12, learn_every=4)
 panel
 """

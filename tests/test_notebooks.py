@@ -57,7 +57,8 @@ def test_notebook_has_the_house_shape(path):
 
 
 def test_notebook_imports_only_lower_numbers(path):
-    numbers = {find_module(nbformat.read(other, as_version=4)): other.name for other in PATHS if other.parent.name == "nbs"}
+    """The rooms are numbered, and so are the notebooks in a room."""
+    places = {find_module(nbformat.read(other, as_version=4)): name_of(other) for other in PATHS if other.parent.name[0].isdigit()}
     notebook = nbformat.read(path, as_version=4)
     module = find_module(notebook)
     if module is None:
@@ -68,8 +69,8 @@ def test_notebook_imports_only_lower_numbers(path):
             for node in ast.walk(ast.parse(cell.source)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("carproto."):
                     imported = node.module.removeprefix("carproto.")
-                    assert imported in numbers, f"carproto.{imported} has no notebook"
-                    higher |= {imported} if numbers[imported] >= numbers[module] else set()
+                    assert imported in places, f"carproto.{imported} has no notebook"
+                    higher |= {imported} if places[imported] >= places[module] else set()
     assert not higher, f"imports from later notebooks: {higher}"
 
 

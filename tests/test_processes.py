@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from carproto.losses import hinge_generator
-from carproto.toycars import ToyCars
-from carproto.trainer import TrainConfig, Trainer
+from carproto.config import TrainConfig
+from carproto.gan.losses import hinge_generator
+from carproto.gan.trainer import Trainer
+from carproto.toycars.dataset import ToyCars
 
 pytest.importorskip("accelerate")
 BIN = Path(sys.executable).parent

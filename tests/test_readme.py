@@ -7,7 +7,7 @@ from shlex import split
 import nbformat
 import pytest
 
-from carproto.cli import parse
+from carproto.app.cli import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

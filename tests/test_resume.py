@@ -16,16 +16,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from carproto.checkpoint import list_checkpoints, load_checkpoint
-from carproto.compact import subspace_run
-from carproto.core import CarprotoError, RunFolder, load_json, lock_folder
-from carproto.demo import DemoPlan
-from carproto.encode import EncoderConfig, EncoderTrainer, train_encoder
-from carproto.freezed import finetune_freezed
-from carproto.sngan import Generator, measure_statistics
-from carproto.toycars import ToyCars
-from carproto.train import best_generator, train_gan
-from carproto.trainer import TrainConfig, Trainer
+from carproto.config import CarprotoError, DemoPlan, EncoderConfig, TrainConfig
+from carproto.files import load_json, lock_folder
+from carproto.gan.finetune import finetune_freezed
+from carproto.gan.sngan import Generator, measure_statistics
+from carproto.gan.subspace import subspace_run
+from carproto.gan.train import best_generator, train_gan
+from carproto.gan.trainer import Trainer
+from carproto.latent.train_encoder import EncoderTrainer, train_encoder
+from carproto.run import RunFolder, list_checkpoints, load_checkpoint
+from carproto.toycars.dataset import ToyCars
 
 CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, steps=400, lecam_start=50, report_every=10)
 
@@ -35,11 +35,11 @@ PARENT = """
 import json, os, sys
 from pathlib import Path
 import torch
-from carproto.compact import subspace_run
-from carproto.demo import DemoPlan, run_demo
-from carproto.toycars import ToyCars
-from carproto.train import train_gan
-from carproto.trainer import TrainConfig
+from carproto.gan.subspace import subspace_run
+from carproto.app.demo import DemoPlan, run_demo
+from carproto.toycars.dataset import ToyCars
+from carproto.gan.train import train_gan
+from carproto.gan.trainer import TrainConfig
 torch.set_num_threads(1)
 config, images = TrainConfig(**json.loads(sys.argv[1])), ToyCars(40, 16, seed=0).images
 plan = DemoPlan(**json.loads(sys.argv[2]))
@@ -213,7 +213,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(short_run, monkeypatch):
 def test_a_loss_that_is_no_number_stops_and_keeps(short_run, monkeypatch):
     images, run, config = short_run
     before = list_checkpoints(run / "checkpoints")
-    monkeypatch.setattr("carproto.trainer.hinge_generator", lambda logits: logits.mean() * float("nan"))
+    monkeypatch.setattr("carproto.gan.losses.hinge_generator", lambda logits: logits.mean() * float("nan"))
     with pytest.raises(CarprotoError, match="not a number at step 30.*last good checkpoint"):
         train_gan(images, run, config, device="cpu", quiet=True)
     assert list_checkpoints(run / "checkpoints") == before
@@ -237,7 +237,7 @@ def poison(monkeypatch, at_step: int, then: Callable[[], None] = lambda: None) -
 def test_weights_that_are_not_finite_are_never_saved(short_run, monkeypatch):
     images, run, config = short_run
     before, final = list_checkpoints(run / "checkpoints"), load_file(run / "final" / "model.safetensors")
-    monkeypatch.setattr("carproto.train.Clock.wants_save", lambda clock, is_report: True)
+    monkeypatch.setattr("carproto.gan.train.Clock.wants_save", lambda clock, is_report: True)
     poison(monkeypatch, 23)
     with pytest.raises(CarprotoError, match="holds NaN or infinity at step 23.*the last good checkpoint is .*step_00000022.pt"):
         train_gan(images, run, config, device="cpu", quiet=True)
@@ -284,7 +284,7 @@ def test_an_encoder_that_diverges_keeps_what_was_good(tmp_path, generator, monke
         return losses
 
     monkeypatch.setattr(EncoderTrainer, "step_encoder", poisoned)
-    monkeypatch.setattr("carproto.train.Clock.wants_save", lambda clock, is_report: True)
+    monkeypatch.setattr("carproto.gan.train.Clock.wants_save", lambda clock, is_report: True)
     with pytest.raises(CarprotoError, match="E.fc.bias holds NaN or infinity at step 3.*the last good checkpoint is"):
         train_encoder(generator, tmp_path / "encoder", short, device="cpu", quiet=True)
     assert before and load_checkpoint(tmp_path / "encoder" / "checkpoints")["step"] == 2
@@ -372,7 +372,7 @@ def test_a_full_memory_is_explained(short_run, monkeypatch, error):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("carproto.trainer.hinge_generator", fail)
+    monkeypatch.setattr("carproto.gan.losses.hinge_generator", fail)
     with pytest.raises(CarprotoError, match="the memory is full with batch 8"):
         train_gan(images, run, config, device="cpu", quiet=True)
 

@@ -7,22 +7,25 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from carproto.blocks import ConvPool, UpConv
-from carproto.checkpoint import load_checkpoint
-from carproto.core import CarprotoError, RunFolder, load_json, sample_latents, to_picture
-from carproto.encoder import load_encoder
-from carproto.freezed import child_config, finetune_freezed
-from carproto.sngan import Generator, load_generator
-from carproto.toycars import FUTURISTIC, ToyCars
-from carproto.train import train_gan
-from carproto.trainer import TrainConfig
+from carproto.config import CarprotoError, TrainConfig
+from carproto.core import sample_latents
+from carproto.files import load_json
+from carproto.gan.finetune import child_config, finetune_freezed
+from carproto.gan.fused_conv import ConvPool, UpConv
+from carproto.gan.sngan import Generator, load_generator
+from carproto.gan.train import train_gan
+from carproto.images import to_picture
+from carproto.latent.encoder import load_encoder
+from carproto.run import RunFolder, load_checkpoint
+from carproto.toycars.dataset import ToyCars
+from carproto.toycars.shape import FUTURISTIC
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import study_freezed  # noqa: E402
-import study_parity  # noqa: E402
-import study_recipe  # noqa: E402
-import train_pair  # noqa: E402
+sys.path.insert(0, str(ROOT / "studies"))
+import freezed as study_freezed  # noqa: E402
+import parity as study_parity  # noqa: E402
+import train_release as train_pair  # noqa: E402
+import training_recipe as study_recipe  # noqa: E402
 
 TINY = ["--n_heldout", "16", "--n_train", "16"]
 
@@ -79,8 +82,8 @@ def test_freezed_goes_on_and_keeps_to_its_choices(parent, tmp_path, capsys):
 
 
 def test_command_in_the_record_names_no_place(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/there/tools/study_freezed.py", "toys", "--parent", "/there/runs/toys", "--steps", "5"])
-    assert study_freezed.describe_command() == "python tools/study_freezed.py toys --parent toys --steps 5"
+    monkeypatch.setattr(sys, "argv", ["/there/studies/freezed.py", "toys", "--parent", "/there/runs/toys", "--steps", "5"])
+    assert study_freezed.describe_command() == "python studies/freezed.py toys --parent toys --steps 5"
 
 
 def test_parity_compares_what_it_says(tmp_path):

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from carproto.core import to_picture
-from carproto.report import Section, Slider, write_report
-from carproto.toycars import ToyCars
+from carproto.app.report import Section, Slider, write_report
+from carproto.images import to_picture
+from carproto.toycars.dataset import ToyCars
 
 sys.path.insert(0, str(Path(__file__).parent))
 from jupyter import SHOTS, browser, serve_lab, write_notebook  # noqa: E402, F401
@@ -26,8 +26,8 @@ MAX_PATH = float(os.environ.get("CARPROTO_MAX_PATH_MS", "8000"))  # to the first
 SETUP = """
 import torch
 from carproto.core import sample_latents
-from carproto.studio import IntensityStudio
-from carproto.toycars import CarFactors, render_car
+from carproto.app.studio import IntensityStudio
+from carproto.toycars.dataset import CarFactors, render_car
 
 class Pencil(torch.nn.Module):
     "Draw toy cars; the futurism is the only weight."
@@ -48,7 +48,7 @@ darkness = lambda images: (0.5 - images[:, :, :8].mean((1, 2, 3)) / 2).tolist()
 make = lambda: IntensityStudio(common, futuristic, sample_latents(4, 4), futurism=darkness, folder={folder!r})
 """
 RELEASED = """
-from carproto.studio import open_studio
+from carproto.app.studio import open_studio
 studio = open_studio("toy64", folder={folder!r})
 studio
 """

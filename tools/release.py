@@ -12,11 +12,12 @@ import re
 import shutil
 from pathlib import Path
 
-from carproto.core import CarprotoError, folder_aside, load_json, save_json
-from carproto.encode import evaluate_encoder
-from carproto.encoder import load_encoder, save_encoder
-from carproto.sngan import load_generator, save_discriminator, save_generator
-from carproto.train import best_generator, load_discriminator
+from carproto.config import CarprotoError
+from carproto.files import folder_aside, load_json, save_json
+from carproto.gan.sngan import load_generator, save_discriminator, save_generator
+from carproto.gan.train import best_generator, load_discriminator
+from carproto.latent.encoder import load_encoder, save_encoder
+from carproto.latent.train_encoder import evaluate_encoder
 from carproto.weights import IN_REPOSITORY, hash_file
 
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")

@@ -14,16 +14,18 @@ from nbdev.doclinks import nbdev_export
 from nbdev.quarto import IndentDumper, refresh_quarto_yml
 from readme import ROOT, write_readme
 
-SECTIONS = {  # title in the docs' sidebar: numbers of its notebooks; the first section that fits is taken
-    "The ground": range(0, 3),
-    "Drawing toy cars": (3, 4, 5, 13),
-    "Collecting photos": range(6, 12),
-    "Looking at photos": (*range(12, 20), 25, 26, 27),
-    "Networks": range(20, 30),
-    "Training": range(30, 38),
-    "Cars as codes": range(38, 40),
-    "Blending": range(40, 50),
-    "Playing": range(50, 100),
+ROOMS = {  # folder: title in the docs' sidebar
+    "tutorials": "Tutorials",
+    "results": "Results",
+    "0_base": "Base: images, files, runs",
+    "1_toycars": "Toy cars",
+    "2_scrape": "Scrape photos",
+    "3_data": "Data sets",
+    "4_gan": "GAN training",
+    "5_eval": "Evaluation",
+    "6_latent": "Latents",
+    "7_blend": "Blending",
+    "8_app": "Applications",
 }
 
 
@@ -46,12 +48,16 @@ def export_all() -> None:
 
 
 def write_sidebar() -> None:
-    """List all pages in sections: the tutorials first, then the notebooks along the way of a car."""
+    """List all pages, a section a folder."""
     nbs = Path("nbs")
-    contents = {"Tutorials": [f"tutorials/{path.name}" for path in sorted(nbs.glob("tutorials/*.ipynb"))], **{title: [] for title in SECTIONS}}
-    for path in sorted(nbs.glob("[0-9][0-9]*.ipynb")):
-        contents[next(title for title, numbers in SECTIONS.items() if int(path.name[:2]) in numbers)].append(path.name)
-    sections = [{"section": title, "contents": names} for title, names in contents.items() if names]
+    folders = {path.parent.name for path in nbs.glob("*/*.ipynb") if path.parent.name != ".ipynb_checkpoints"}
+    if strange := folders - ROOMS.keys():
+        raise SystemExit(f"nbs/{sorted(strange)} has no title: add it to ROOMS in tools/sync.py")
+    sections = []
+    for folder, title in ROOMS.items():
+        pages = [f"{folder}/{path.name}" for path in sorted(nbs.glob(f"{folder}/*.ipynb"))]
+        if pages:
+            sections.append({"section": title, "contents": pages})
     sidebar = {"website": {"sidebar": {"contents": ["index.ipynb", *sections]}}}
     (nbs / "sidebar.yml").write_text(yaml.dump(sidebar, Dumper=IndentDumper, sort_keys=False), encoding="utf-8")
 

@@ -1,0 +1,45 @@
+"""Measure what averaging the generator's weights is worth at the end of a run: held-out KID and more, with the average and without.
+
+    python studies/ema.py --run runs/common --heldout HELDOUT.zip --backbone MOBILENET.safetensors      # writes data/records/average.json
+"""
+import argparse
+from pathlib import Path
+
+from freezed import describe_command
+
+from carproto.config import CarprotoError
+from carproto.data.dataset import CarImages
+from carproto.eval.features import feature_extractor
+from carproto.eval.metrics import Evaluator
+from carproto.files import save_json
+from carproto.gan.sngan import Generator, measure_statistics
+from carproto.run import describe_environment, load_checkpoint
+
+PARTS = {"ema": "G_ema", "raw": "G"}
+
+
+def main() -> None:
+    """Measure and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder of a run")
+    parser.add_argument("--heldout", required=True, help="zip or folder of photos never trained on")
+    parser.add_argument("--backbone", required=True, help="MobileNetV2 file")
+    parser.add_argument("--n_fake", type=int, default=1000, help="cars to draw")
+    parser.add_argument("--out", type=Path, default=Path("data/records"))
+    text = parser.parse_args()
+    state = load_checkpoint(text.run / "checkpoints")
+    if state is None:
+        raise CarprotoError(f"{text.run} holds no trained run: give a folder with checkpoints in it")
+    config = state["config"]
+    evaluator = Evaluator(CarImages(text.heldout, config["size"]).images, feature_extractor(text.backbone, size=96), n_fake=text.n_fake)
+    record = {"command": describe_command(), "config": config, "step": state["step"], "machine": describe_environment()}
+    for name, part in PARTS.items():
+        G = Generator(config["size"], config["z_dim"], config["width"])
+        G.load_state_dict(state[part])
+        record[name] = evaluator.evaluate(measure_statistics(G))
+        print(f"{name}: KID {record[name]['kid']:.3f}, coverage {record[name]['coverage']:.1%}")
+    save_json(record, text.out / "ema.json")
+
+
+if __name__ == "__main__":
+    main()
