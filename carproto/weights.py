@@ -289,7 +289,7 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "fdb5672c74d5cbee38c45ff9e9f77ec9405666e1fa2cb610f8afb28d6ac1c0ee",
     },
     "factor_regressor": {
-        "config.json": "92dcde5bf78ec318583545f3d3bc2b7d4ee2ba7cafd57e106663ff3f591b1b8d",
+        "config.json": "8feba4c59b1744dad035c45d0c9ca1c457f4726953b7eaa3ac0ad803d593d56a",
         "model.safetensors": "07103cf781b8bcb15ea5099783703df7f6bb437b3bdfdabe6f4df8c210bb1af2",
     },
 }
