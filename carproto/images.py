@@ -52,7 +52,6 @@ class _PixelBudget:
 
 _PIXELS_AT_ONCE = _PixelBudget(_MAX_PIXELS)
 
-
 # %% ../nbs/0_base/03_images.ipynb #16c8e673
 @contextmanager
 def decoded_picture(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_WIDTH', 'INK', 'PAPER', 'PALETTE', 'QUANTITIES', 'HEALTH', 'add_title', 'as_pictures', 'image_grid',
-           'encode_picture', 'save_picture', 'show', 'image_strip', 'plot_curves', 'compare_runs']
+           'encode_picture', 'save_picture', 'show', 'image_strip', 'plot_curves', 'plot_runs']
 
 # %% ../nbs/0_base/06_viz.ipynb #000913ee
 import io
@@ -289,7 +289,7 @@ def plot_curves(
     return _draw_panels(panels, x, title)
 
 
-def compare_runs(
+def plot_runs(
     runs: Mapping[str, Sequence[dict] | str | Path],  # the name of each run, with its rows or its folder
     names: Sequence[str] = ("kid",),  # one panel each
     *,
