@@ -23,7 +23,7 @@ from .config import CarprotoError, Fit
 from .files import read_file
 
 # %% ../nbs/0_base/03_images.ipynb #cc48cd08
-PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow's names of the formats that are decoded
+PICTURE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # Pillow's names
 _MAX_PIXELS = 64_000_000  # a larger image is refused before it is decoded
 _MAX_PICTURE_BYTES = 8 * _MAX_PIXELS  # 16 bits in four channels
 
@@ -114,7 +114,7 @@ def _readable(name: str) -> Iterator[None]:
         yield
     except MemoryError as error:
         raise CarprotoError(f"{name}: the memory is too small to decode it") from error
-    except Exception as error:  # decoders raise OSError, SyntaxError, RuntimeError, struct.error and more for broken content
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more for broken content
         raise CarprotoError(f"{name}: not a readable picture ({str(error)[:80]})") from error
 
 

@@ -176,7 +176,8 @@ def read_weights(
         raise CarprotoError(f"{path} belongs to another architecture: {text}") from error
     missing = [name for name in missing if not name.endswith(tuple(ignore))]
     if missing or unexpected:
-        raise CarprotoError(f"{path} belongs to another architecture: unexpected or missing name {(missing + unexpected)[0]!r}")
+        name = (missing + unexpected)[0]
+        raise CarprotoError(f"{path} belongs to another architecture: unexpected or missing name {name!r}")
     return module
 
 # %% ../nbs/0_base/05_weights.ipynb #c9dfa782
