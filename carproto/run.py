@@ -24,16 +24,18 @@ from .core import find_nonfinite, is_out_of_memory
 from .files import _jsonable, atomic_path, load_json, open_append, refuse_link, save_json
 
 # %% ../nbs/0_base/04_run.ipynb #72209f56
-def describe_environment() -> dict:  # versions, machine, commit
-    "Say what this run runs on."
+def describe_environment() -> dict:  # versions, hardware, commit
+    "Describe software, hardware and commit for the record of a run."
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, cwd=Path(__file__).parent)
-        commit = commit.stdout.strip() or None
+        command = ["git", "rev-parse", "HEAD"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=Path(__file__).parent)
+        commit = result.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired, NameError):
         commit = None
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else processor
     return {
         "python": sys.version.split()[0],
@@ -51,20 +53,24 @@ def describe_environment() -> dict:  # versions, machine, commit
 class RunFolder:
     "The folder of one run: config.json, env.json, stats.jsonl, samples/, checkpoints/."
 
-    def __init__(self, path: str | Path):
+    def __init__(
+        self,
+        path: str | Path,  # of the folder; it need not exist
+    ):
         self.path = Path(path).expanduser()
-        self.samples, self.checkpoints = self.path / "samples", self.path / "checkpoints"
+        self.samples = self.path / "samples"
+        self.checkpoints = self.path / "checkpoints"
 
     @property
     def exists(self) -> bool:
-        "Whether a run was started here."
+        "Whether the folder holds a run."
         return (self.path / "config.json").exists()
 
     def create(
         self,
         config: object,  # a dataclass or dict
     ) -> "RunFolder":
-        "Start a run here; raise `CarprotoError` when one is already here or the folder cannot be written."
+        "Create the run's files; raise `CarprotoError` when the folder holds a run or cannot be written."
         if self.exists:
             raise CarprotoError(f"{self.path} already holds a run: resume it, or choose another name")
         try:
@@ -83,7 +89,7 @@ class RunFolder:
         return load_json(self.path / "config.json")
 
     def log(self, file: str = "stats.jsonl", /, **values) -> None:
-        "Append one line of numbers to stats.jsonl, or to another file of the run."
+        "Append one JSON line to stats.jsonl, or to another file of the run."
         with open_append(self.path / file) as lines:
             lines.write(json.dumps(values, default=_jsonable) + "\n")
 
@@ -91,9 +97,9 @@ class RunFolder:
 @patch
 def stats(
     self: RunFolder,
-    file: str = "stats.jsonl",  # the run's file
-) -> list[dict]:  # a row for each line; none where there is no such file
-    "Read stats.jsonl, or another file of lines; a last line that a crash cut short is left out."
+    file: str = "stats.jsonl",  # name of a file of JSON lines in the folder
+) -> list[dict]:  # a row for each line; empty when there is no such file
+    "Read stats.jsonl, or another file of JSON lines; a last line that a crash cut short is left out."
     path = self.path / file
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = []
@@ -109,9 +115,9 @@ def stats(
 @patch
 def truncate_stats(
     self: RunFolder,
-    step: int,  # the last one to keep
+    step: int,  # last step to keep
 ) -> None:
-    "Drop the lines after `step`, so that a resumed run does not report a step twice."
+    "Drop the lines of stats.jsonl after `step`."
     path = self.path / "stats.jsonl"
     refuse_link(path)
     selected = "".join(json.dumps(row) + "\n" for row in self.stats() if row.get("step", 0) <= step)
@@ -122,20 +128,20 @@ def truncate_stats(
 # %% ../nbs/0_base/04_run.ipynb #9a9d01ab
 def list_checkpoints(
     folder: str | Path,  # the run's checkpoints
-) -> list[Path]:  # oldest first
-    "Find the checkpoints in a folder."
+) -> list[Path]:  # in the order of their steps
+    "List the checkpoints in a folder."
     return sorted(Path(folder).glob("step_*.pt"))
 
 
-def _read(path: Path, device: torch.device | str) -> tuple[dict | None, str | None]:
-    "Read a checkpoint; return what is wrong with it where something is."
+def _read_checkpoint(path: Path, device: torch.device | str) -> tuple[dict | None, str | None]:
+    "Read a checkpoint; return its state, and the fault when it is not intact."
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
             return None, f"is damaged (the checksum of {broken} is wrong)"
         state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # whatever zipfile, pickle and torch make of chance bytes
+    except Exception as error:  # zipfile, pickle and torch raise many kinds for broken files
         if is_out_of_memory(error):
             raise
         return None, f"is damaged ({' '.join(str(error).split())[:60]})"
@@ -147,28 +153,33 @@ def _read(path: Path, device: torch.device | str) -> tuple[dict | None, str | No
 
 def name_last_good(
     folder: str | Path,  # the run's checkpoints
-) -> str:  # for an error's message
-    "Name the newest good checkpoint, where there is one."
-    good = next((path for path in reversed(list_checkpoints(folder)) if _read(path, "cpu")[1] is None), None)
-    return f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
+) -> str:  # part of an error message
+    "Name the newest intact checkpoint."
+    for path in reversed(list_checkpoints(folder)):
+        if _read_checkpoint(path, "cpu")[1] is None:
+            return f"the last good checkpoint is {path}"
+    return "there is no good checkpoint yet"
 
 # %% ../nbs/0_base/04_run.ipynb #1ddddb8b
 def save_checkpoint(
     folder: str | Path,  # the run's checkpoints
-    step: int,  # steps done
+    step: int,  # number of steps done
     state: dict,  # tensors, numbers, strings, and dicts and lists of them; all finite
     *,
-    keep: int = 2,  # how many of the newest stay
+    keep: int = 2,  # number of checkpoints to keep
 ) -> Path:  # the file
-    "Write the training state atomically; raise `CarprotoError`, the older ones intact, when it is not finite or cannot be written."
-    path, bad = Path(folder) / f"step_{step:08d}.pt", find_nonfinite(state)
+    "Write a checkpoint atomically; raise `CarprotoError` when the state is not finite or cannot be written."
+    path = Path(folder) / f"step_{step:08d}.pt"
+    bad = find_nonfinite(state)
     if bad is not None:
-        raise CarprotoError(f"{bad} holds NaN or infinity at step {step}: no checkpoint is written; {name_last_good(folder)}")
+        good = name_last_good(folder)
+        raise CarprotoError(f"{bad} holds NaN or infinity at step {step}: no checkpoint is written; {good}")
     try:
         with atomic_path(path) as temporary:
             torch.save({"step": step, **state}, temporary)
     except RuntimeError as error:
-        raise CarprotoError(f"cannot write {path}: {error}; is the disk full? The checkpoints before it are kept") from error
+        hint = "is the disk full? The checkpoints before it are kept"
+        raise CarprotoError(f"cannot write {path}: {error}; {hint}") from error
     for other in list_checkpoints(folder):
         if other.name > path.name:
             other.replace(other.with_name(f"{other.name}.unused"))
@@ -180,11 +191,11 @@ def save_checkpoint(
 def load_checkpoint(
     folder: str | Path,  # the run's checkpoints
     device: torch.device | str = "cpu",  # where the tensors go
-) -> dict | None:  # the state, with its "step"; None when there is no checkpoint
-    "Read the newest good checkpoint; raise `CarprotoError` when there are some and none is good."
+) -> dict | None:  # training state with "step"; None when there is no checkpoint
+    "Read the newest intact checkpoint; raise `CarprotoError` when there are some and none is intact."
     paths = list_checkpoints(folder)
     for path in reversed(paths):
-        state, fault = _read(path, device)
+        state, fault = _read_checkpoint(path, device)
         if fault is None:
             return state
         warnings.warn(f"{path.name} {fault}; going back to the one before it", stacklevel=2)
