@@ -26,16 +26,14 @@ from carproto.config import CarprotoError  # noqa: E402
 from carproto.files import read_json_lines  # noqa: E402
 from carproto.scrape.catalogue import crawl_car_connection, parse_links, parse_photos, parse_specs  # noqa: E402
 from carproto.scrape.crawl import crawl  # noqa: E402
+from carproto.scrape.data_card import export_url_list, write_data_card  # noqa: E402
 from carproto.scrape.fetch import Fetcher  # noqa: E402
-from carproto.scrape.image_search import _launch, parse_google, render_page, search_commons, search_images, search_openverse  # noqa: E402
-from carproto.scrape.manifest import (  # noqa: E402
-    Manifest,  # noqa: E402
-    PhotoRecord,
-    export_url_list,
-    read_manifest,
-    write_data_card,
-)
-from carproto.scrape.security import FetchError, check_picture, find_private  # noqa: E402
+from carproto.scrape.google import _launch, parse_google, render_page  # noqa: E402
+from carproto.scrape.image_search import search_images  # noqa: E402
+from carproto.scrape.manifest import Manifest, PhotoRecord, read_manifest  # noqa: E402
+from carproto.scrape.search_apis import search_commons, search_openverse  # noqa: E402
+from carproto.scrape.security import check_picture, find_private  # noqa: E402
+from carproto.scrape.urls import FetchError  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from local_site import LocalSite, flat_png, gzip_bomb, render_car  # noqa: E402
@@ -329,7 +327,8 @@ def test_every_address_is_accounted_for(site, tmp_path):
     bad = {f"/faults/{fault}": expected for fault, expected in BAD.items() if fault != "away.jpg"}
     bad |= {f"/faults/{fault}": ("no answer in time", False) for fault in SLOW} | {"/a/../private/1.jpg": ("robots.txt", True)}
     records = [PhotoRecord(url, page=f"{site.url}/", licence="CC0") for url in [*spellings, *good, *escaped, *bad]]
-    records += [PhotoRecord("", page=f"{site.url}/nameless"), PhotoRecord("ftp://a.example/1.jpg"), FetchError("no photos on the page", f"{site.url}/p")]
+    records += [PhotoRecord("", page=f"{site.url}/nameless"), PhotoRecord("ftp://a.example/1.jpg")]
+    records.append(FetchError("no photos on the page", f"{site.url}/p"))
     random.Random(0).shuffle(records)
     summary = crawl(records, tmp_path / "cars", hasty(retries=2), quiet=True)
     rows = {row["url"].removeprefix(site.url): row for row in read_manifest(tmp_path / "cars")}
@@ -360,7 +359,7 @@ def test_whatever_escapes_from_a_picture_is_recorded(site, tmp_path, monkeypatch
             raise RecursionError("nested too deep")
         return real(content, **options)
 
-    monkeypatch.setattr("carproto.scrape.security.check_picture", fail)
+    monkeypatch.setattr("carproto.scrape.fetch.check_picture", fail)
     records = [PhotoRecord(f"{site.url}/pictures/odd-{i}.jpg") for i in range(4)] + [PhotoRecord(7), PhotoRecord(["x"])]
     summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
     assert summary.saved == 3 and summary.n_failed == 3
@@ -421,7 +420,7 @@ def test_a_hostile_answer_of_one_service_leaves_the_other(tmp_path, answer):
 
 
 def test_a_search_without_end_ends(monkeypatch):
-    monkeypatch.setattr("carproto.scrape.image_search._MAX_ANSWERS", 5)
+    monkeypatch.setattr("carproto.scrape.search_apis._MAX_ANSWERS", 5)
     with LocalSite() as site:
         whole = site.commons
         more = {"continue": {"gsroffset": 50}}
