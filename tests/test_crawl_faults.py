@@ -226,7 +226,7 @@ def test_a_dead_host_is_left_alone():
     assert "refuses" in reasons[0] and "left alone" in reasons[-1]
 
 
-def test_a_proxy_opens_no_way_into_the_house(site, monkeypatch):
+def test_a_proxy_reaches_no_private_address(site, monkeypatch):
     monkeypatch.setenv("http_proxy", site.url)
     monkeypatch.delenv("no_proxy", raising=False)
     asked = sum(site.log.values())
@@ -237,7 +237,7 @@ def test_a_proxy_opens_no_way_into_the_house(site, monkeypatch):
     assert fetcher.get("http://cars.invalid/pictures/1.jpg", obey_robots=False)[1] == render_car("/pictures/1.jpg")
 
 
-def test_a_site_that_shows_the_door_is_left_alone(site, monkeypatch):
+def test_a_host_that_refuses_often_is_left_alone(site, monkeypatch):
     monkeypatch.setattr("carproto.scrape.fetch._MAX_REFUSALS", 3)
     fetcher, reasons = hasty(), []
     for _ in range(4):
@@ -273,7 +273,7 @@ def test_a_busy_host_is_left_alone_by_all(site):
         fetcher.get(f"{site.url}/pictures/1.jpg")
 
 
-def test_closed_doors_are_not_knocked_at(site):
+def test_forbidden_paths_are_not_requested(site):
     with pytest.raises(FetchError, match="robots.txt"):
         hasty().get(f"{site.url}/private/2.jpg")
     assert "/private/2.jpg" not in site.log
@@ -283,7 +283,7 @@ def test_closed_doors_are_not_knocked_at(site):
 def test_a_site_that_asks_for_too_long_a_pause_is_left(tmp_path, pause, asked):
     with LocalSite() as site, LocalSite() as other:
         site.robots = f"User-agent: *\nCrawl-delay: {pause}\n"
-        records = [PhotoRecord(f"{position.url}/pictures/{i}.jpg") for i in range(3) for position in (site, other)]
+        records = [PhotoRecord(f"{server.url}/pictures/{i}.jpg") for i in range(3) for server in (site, other)]
         start = time.monotonic()
         summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
         assert time.monotonic() - start < 3 and site.log == {"/robots.txt": 1}
@@ -550,7 +550,7 @@ def damage(value, dice: random.Random):
     return value
 
 
-def test_readers_survive_damaged_pages(site):
+def test_parsers_survive_damaged_pages(site):
     dice = random.Random(0)
     pages = [site.car_pages(path) for path in ("/specifications/audi_a4_2020", "/photos/audi_a4_2020", "/new-cars")] + [site.google()]
     for _ in range(300):
@@ -590,9 +590,18 @@ def test_ten_thousand_links_become_each_picture_once(site, tmp_path):
     site.log.clear()
     results = parse_photos(page, "small")
     records = [PhotoRecord(url) for url in results + [link for link in links * 33 if "/sml/" in link]]
-    summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+    patient = hasty(retries=0, read_timeout=20, total_timeout=60)  # a retry after a timeout is no second fetch
+    summary = crawl(records, tmp_path / "cars", patient, quiet=True)
     assert len(results) == 300 and (summary.saved, summary.repeated, summary.n_failed) == (300, 9900, 0)
     assert site.log == {"/robots.txt": 1, **{f"/img/sml/{name}_s.jpg": 1 for name in names}}
+
+
+def test_a_late_answer_is_asked_for_again_and_saved_once(site, tmp_path):
+    site.tried.clear()
+    records = [PhotoRecord(f"{site.url}/faults/late-once.jpg")] * 20
+    summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+    assert (summary.saved, summary.repeated, summary.n_failed) == (1, 19, 0)
+    assert site.tried["late-once.jpg"] == 2 and len(read_manifest(tmp_path / "cars")) == 1
 
 
 def test_memory_stays_flat(site, tmp_path):
@@ -811,8 +820,8 @@ def test_the_browser_runs_in_its_sandbox_where_there_is_one():
                 raise playwright.Error(self.errors.pop())
             return "browser"
 
-    error_p99 = Chromium()
-    assert asyncio.run(_launch(error_p99, "http://127.0.0.1:1", None)) == "browser" and error_p99.asked == [True]
+    sandboxed = Chromium()
+    assert asyncio.run(_launch(sandboxed, "http://127.0.0.1:1", None)) == "browser" and sandboxed.asked == [True]
     root = Chromium("Running as root without --no-sandbox is not supported")
     with pytest.warns(UserWarning, match="no sandbox here"):
         assert asyncio.run(_launch(root, "http://127.0.0.1:1", None)) == "browser"
