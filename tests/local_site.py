@@ -413,6 +413,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "silent.jpg":
             site.closing.wait(30)
             self.close_connection = True
+        elif fault == "late-once.jpg" and first:
+            site.closing.wait(1)
+            self.reply(picture)
         elif fault == "stall.jpg":
             self.start(len(picture))
             self.wfile.write(picture[:100])

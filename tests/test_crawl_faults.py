@@ -26,16 +26,14 @@ from carproto.config import CarprotoError  # noqa: E402
 from carproto.files import read_json_lines  # noqa: E402
 from carproto.scrape.catalogue import crawl_car_connection, parse_links, parse_photos, parse_specs  # noqa: E402
 from carproto.scrape.crawl import crawl  # noqa: E402
+from carproto.scrape.data_card import export_url_list, write_data_card  # noqa: E402
 from carproto.scrape.fetch import Fetcher  # noqa: E402
-from carproto.scrape.image_search import _launch, parse_google, render_page, search_commons, search_images, search_openverse  # noqa: E402
-from carproto.scrape.manifest import (  # noqa: E402
-    Manifest,  # noqa: E402
-    PhotoRecord,
-    export_url_list,
-    read_manifest,
-    write_data_card,
-)
-from carproto.scrape.security import FetchError, check_picture, find_private  # noqa: E402
+from carproto.scrape.google import _launch, parse_google, render_page  # noqa: E402
+from carproto.scrape.image_search import search_images  # noqa: E402
+from carproto.scrape.manifest import Manifest, PhotoRecord, read_manifest  # noqa: E402
+from carproto.scrape.search_apis import search_commons, search_openverse  # noqa: E402
+from carproto.scrape.security import check_picture, find_private  # noqa: E402
+from carproto.scrape.urls import FetchError  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
 from local_site import LocalSite, flat_png, gzip_bomb, render_car  # noqa: E402
@@ -228,7 +226,7 @@ def test_a_dead_host_is_left_alone():
     assert "refuses" in reasons[0] and "left alone" in reasons[-1]
 
 
-def test_a_proxy_opens_no_way_into_the_house(site, monkeypatch):
+def test_a_proxy_reaches_no_private_address(site, monkeypatch):
     monkeypatch.setenv("http_proxy", site.url)
     monkeypatch.delenv("no_proxy", raising=False)
     asked = sum(site.log.values())
@@ -239,7 +237,7 @@ def test_a_proxy_opens_no_way_into_the_house(site, monkeypatch):
     assert fetcher.get("http://cars.invalid/pictures/1.jpg", obey_robots=False)[1] == render_car("/pictures/1.jpg")
 
 
-def test_a_site_that_shows_the_door_is_left_alone(site, monkeypatch):
+def test_a_host_that_refuses_often_is_left_alone(site, monkeypatch):
     monkeypatch.setattr("carproto.scrape.fetch._MAX_REFUSALS", 3)
     fetcher, reasons = hasty(), []
     for _ in range(4):
@@ -275,7 +273,7 @@ def test_a_busy_host_is_left_alone_by_all(site):
         fetcher.get(f"{site.url}/pictures/1.jpg")
 
 
-def test_closed_doors_are_not_knocked_at(site):
+def test_forbidden_paths_are_not_requested(site):
     with pytest.raises(FetchError, match="robots.txt"):
         hasty().get(f"{site.url}/private/2.jpg")
     assert "/private/2.jpg" not in site.log
@@ -285,7 +283,7 @@ def test_closed_doors_are_not_knocked_at(site):
 def test_a_site_that_asks_for_too_long_a_pause_is_left(tmp_path, pause, asked):
     with LocalSite() as site, LocalSite() as other:
         site.robots = f"User-agent: *\nCrawl-delay: {pause}\n"
-        records = [PhotoRecord(f"{position.url}/pictures/{i}.jpg") for i in range(3) for position in (site, other)]
+        records = [PhotoRecord(f"{server.url}/pictures/{i}.jpg") for i in range(3) for server in (site, other)]
         start = time.monotonic()
         summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
         assert time.monotonic() - start < 3 and site.log == {"/robots.txt": 1}
@@ -329,7 +327,8 @@ def test_every_address_is_accounted_for(site, tmp_path):
     bad = {f"/faults/{fault}": expected for fault, expected in BAD.items() if fault != "away.jpg"}
     bad |= {f"/faults/{fault}": ("no answer in time", False) for fault in SLOW} | {"/a/../private/1.jpg": ("robots.txt", True)}
     records = [PhotoRecord(url, page=f"{site.url}/", licence="CC0") for url in [*spellings, *good, *escaped, *bad]]
-    records += [PhotoRecord("", page=f"{site.url}/nameless"), PhotoRecord("ftp://a.example/1.jpg"), FetchError("no photos on the page", f"{site.url}/p")]
+    records += [PhotoRecord("", page=f"{site.url}/nameless"), PhotoRecord("ftp://a.example/1.jpg")]
+    records.append(FetchError("no photos on the page", f"{site.url}/p"))
     random.Random(0).shuffle(records)
     summary = crawl(records, tmp_path / "cars", hasty(retries=2), quiet=True)
     rows = {row["url"].removeprefix(site.url): row for row in read_manifest(tmp_path / "cars")}
@@ -360,7 +359,7 @@ def test_whatever_escapes_from_a_picture_is_recorded(site, tmp_path, monkeypatch
             raise RecursionError("nested too deep")
         return real(content, **options)
 
-    monkeypatch.setattr("carproto.scrape.security.check_picture", fail)
+    monkeypatch.setattr("carproto.scrape.fetch.check_picture", fail)
     records = [PhotoRecord(f"{site.url}/pictures/odd-{i}.jpg") for i in range(4)] + [PhotoRecord(7), PhotoRecord(["x"])]
     summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
     assert summary.saved == 3 and summary.n_failed == 3
@@ -421,7 +420,7 @@ def test_a_hostile_answer_of_one_service_leaves_the_other(tmp_path, answer):
 
 
 def test_a_search_without_end_ends(monkeypatch):
-    monkeypatch.setattr("carproto.scrape.image_search._MAX_ANSWERS", 5)
+    monkeypatch.setattr("carproto.scrape.search_apis._MAX_ANSWERS", 5)
     with LocalSite() as site:
         whole = site.commons
         more = {"continue": {"gsroffset": 50}}
@@ -551,7 +550,7 @@ def damage(value, dice: random.Random):
     return value
 
 
-def test_readers_survive_damaged_pages(site):
+def test_parsers_survive_damaged_pages(site):
     dice = random.Random(0)
     pages = [site.car_pages(path) for path in ("/specifications/audi_a4_2020", "/photos/audi_a4_2020", "/new-cars")] + [site.google()]
     for _ in range(300):
@@ -591,9 +590,18 @@ def test_ten_thousand_links_become_each_picture_once(site, tmp_path):
     site.log.clear()
     results = parse_photos(page, "small")
     records = [PhotoRecord(url) for url in results + [link for link in links * 33 if "/sml/" in link]]
-    summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+    patient = hasty(retries=0, read_timeout=20, total_timeout=60)  # a retry after a timeout is no second fetch
+    summary = crawl(records, tmp_path / "cars", patient, quiet=True)
     assert len(results) == 300 and (summary.saved, summary.repeated, summary.n_failed) == (300, 9900, 0)
     assert site.log == {"/robots.txt": 1, **{f"/img/sml/{name}_s.jpg": 1 for name in names}}
+
+
+def test_a_late_answer_is_asked_for_again_and_saved_once(site, tmp_path):
+    site.tried.clear()
+    records = [PhotoRecord(f"{site.url}/faults/late-once.jpg")] * 20
+    summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
+    assert (summary.saved, summary.repeated, summary.n_failed) == (1, 19, 0)
+    assert site.tried["late-once.jpg"] == 2 and len(read_manifest(tmp_path / "cars")) == 1
 
 
 def test_memory_stays_flat(site, tmp_path):
@@ -812,8 +820,8 @@ def test_the_browser_runs_in_its_sandbox_where_there_is_one():
                 raise playwright.Error(self.errors.pop())
             return "browser"
 
-    error_p99 = Chromium()
-    assert asyncio.run(_launch(error_p99, "http://127.0.0.1:1", None)) == "browser" and error_p99.asked == [True]
+    sandboxed = Chromium()
+    assert asyncio.run(_launch(sandboxed, "http://127.0.0.1:1", None)) == "browser" and sandboxed.asked == [True]
     root = Chromium("Running as root without --no-sandbox is not supported")
     with pytest.warns(UserWarning, match="no sandbox here"):
         assert asyncio.run(_launch(root, "http://127.0.0.1:1", None)) == "browser"

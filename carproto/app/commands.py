@@ -31,9 +31,9 @@ from ..gan.subspace import subspace_run
 from ..gan.train import Result, best_generator, train_gan
 from ..scrape.catalogue import CarConnection
 from ..scrape.crawl import crawl
+from ..scrape.data_card import export_url_list, write_data_card
 from ..scrape.fetch import Fetcher
 from ..scrape.image_search import search_images
-from ..scrape.manifest import export_url_list, write_data_card
 from ..viz import save_picture
 
 # %% ../../nbs/8_app/08_commands.ipynb #35d14368
