@@ -47,8 +47,8 @@ def invert(
 ) -> Inversion:  # latents, images and distances before and after
     "Invert images to latents of a generator; raise `CarprotoError` for images of another size."
     if targets.ndim != 4 or tuple(targets.shape[1:]) != (3, G.size, G.size):
-        expected = (3, G.size, G.size)
-        raise CarprotoError(f"expected images (N, *{expected}), got {tuple(targets.shape)}: resize them first")
+        expected = f"(N, 3, {G.size}, {G.size})"
+        raise CarprotoError(f"expected images {expected}, got {tuple(targets.shape)}: resize them first")
     if not bool(torch.isfinite(targets).all()):
         raise CarprotoError("an image holds values that are not numbers: check how it was loaded")
     config = config or InvertConfig()
