@@ -21,23 +21,26 @@ from ..weights import load_config, load_state, many, number, save_weights
 
 # %% ../../nbs/5_eval/04_futurism.ipynb #7de0d63d
 class FuturismProbe:
-    "A straight line through the features of an extractor, from common to futuristic."
+    "A linear probe on features, from common to futuristic cars (arXiv:1610.01644)."
 
     def __init__(
         self,
-        weight: torch.Tensor,  # (K,) of the features as they are
-        bias: torch.Tensor,  # a number
+        weight: torch.Tensor,  # (K,), for unscaled features
+        bias: torch.Tensor,  # scalar
         report: dict,  # extractor, set sizes, held-out accuracy and AUC
     ):
-        self.weight, self.bias, self.report = weight.float(), bias.float(), report
+        self.weight = weight.float()
+        self.bias = bias.float()
+        self.report = report
 
     def logit(
         self,
         features: torch.Tensor,  # (N, K), of the extractor that it was fitted on
     ) -> torch.Tensor:  # (N,) log odds; 0 is undecided, and it does not saturate
-        "Place cars on the line."
+        "Return the log odds that cars are futuristic."
         if features.ndim != 2 or features.shape[1] != len(self.weight):
-            raise CarprotoError(f"this probe reads {len(self.weight)} features ({self.report['extractor']}), got {tuple(features.shape)}")
+            expected = f"{len(self.weight)} features ({self.report['extractor']})"
+            raise CarprotoError(f"this probe takes {expected}, got {tuple(features.shape)}")
         return features.float() @ self.weight + self.bias
 
     def score(
@@ -49,21 +52,22 @@ class FuturismProbe:
 
     def save(self, folder: str | Path) -> Path:
         "Write the probe as safetensors and config.json."
-        return save_weights({"weight": self.weight, "bias": self.bias.reshape(1)}, folder, {"kind": "futurism probe", "report": self.report})
+        state = {"weight": self.weight, "bias": self.bias.reshape(1)}
+        return save_weights(state, folder, {"kind": "futurism probe", "report": self.report})
 
     @classmethod
     def load(cls, folder: str | Path) -> "FuturismProbe":
-        "Read a probe back; raise `CarprotoError` for a missing, damaged or foreign folder."
+        "Load a probe; raise `CarprotoError` for a missing, damaged or foreign folder."
         config = load_config(folder, "futurism probe", {"report": _is_report})
         state = load_state(Path(folder) / "model.safetensors")
         weight, bias = state.get("weight"), state.get("bias")
         if weight is None or bias is None or weight.ndim != 1 or bias.shape != (1,):
-            raise CarprotoError(f"{folder} does not hold a line through features: copy the folder again")
+            raise CarprotoError(f"{folder} does not hold a linear probe: copy the folder again")
         return cls(weight, bias[0], config["report"])
 
-
+# %% ../../nbs/5_eval/04_futurism.ipynb #e27d51c3
 def _is_report(value: object) -> bool:
-    "Say whether a probe's report names an extractor, with a possible size, and ends that are numbers."
+    "Check that a report names an extractor with a valid size, and numbers as its ends."
     if not isinstance(value, dict) or not isinstance(value.get("extractor"), str):
         return False
     ends = value.get("heldout_logit", {"common": [0.0], "concept": [1.0]})
@@ -71,64 +75,79 @@ def _is_report(value: object) -> bool:
     if not all(many(number(-1e6, 1e6))(logit) for logit in logits) or logits[0][0] == logits[1][0]:
         return False
     named = re.fullmatch(r"[^@]{1,100}(?:@(\d{1,4}))?", value["extractor"])
-    return named is not None and (named[1] is None or 32 <= int(named[1]) <= 1024 and int(named[1]) % 32 == 0)
+    if named is None:
+        return False
+    return named[1] is None or 32 <= int(named[1]) <= 1024 and int(named[1]) % 32 == 0
 
 # %% ../../nbs/5_eval/04_futurism.ipynb #12e8852f
 def fit_futurism_probe(
     common: torch.Tensor,  # features of common cars (N, K)
     concept: torch.Tensor,  # features of futuristic cars (M, K)
     *,
-    extractor: str = "unnamed extractor",  # its name, for the record
-    l2: float = 0.3,  # penalty on the weights; larger is straighter
-    heldout_share: float = 0.2,  # of each kind, for the report
+    extractor: str = "unnamed extractor",  # its name, stored in the report
+    l2: float = 0.3,  # penalty on the weights, 0 or more
+    heldout_share: float = 0.2,  # of each class, 0 to 1, for the report
     seed: int = 0,  # of the split
 ) -> FuturismProbe:  # with its report
-    "Find the direction in the features that leads from common to futuristic cars."
+    "Fit a logistic regression from common (0) to futuristic (1) cars."
     if common.shape[1:] != concept.shape[1:] or min(len(common), len(concept)) < 10:
-        raise CarprotoError(f"a probe needs 10 cars of each kind from one extractor, got {tuple(common.shape)} and {tuple(concept.shape)}")
-    parts = []
-    for features in (common.double(), concept.double()):
-        order, n_heldout = torch.randperm(len(features), generator=seeded(seed)), max(1, round(heldout_share * len(features)))
-        parts.append((features[order[n_heldout:]], features[order[:n_heldout]]))
-    x = torch.cat([train for train, _ in parts])
-    y = torch.cat([torch.full((len(train),), float(kind), dtype=x.dtype) for kind, (train, _) in enumerate(parts)])
-    share = torch.cat([torch.full((len(train),), 0.5 / len(train), dtype=x.dtype) for train, _ in parts])
-    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
-    scaled = (x - mean) / std
-    weight, bias = torch.zeros_like(mean).requires_grad_(), torch.zeros((), dtype=x.dtype).requires_grad_()
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def loss() -> torch.Tensor:
-        optimiser.zero_grad()
-        errors = F.binary_cross_entropy_with_logits(scaled @ weight + bias, y, reduction="none")
-        total = (errors * share).sum() + l2 / 2 * weight.square().sum()
-        total.backward()
-        return total
-
-    optimiser.step(loss)
-    weight = weight.detach() / std
-    probe = FuturismProbe(weight, bias.detach() - mean @ weight, {"extractor": extractor, "n_common": len(common), "n_concept": len(concept)})
+        shapes = f"{tuple(common.shape)} and {tuple(concept.shape)}"
+        raise CarprotoError(f"a probe needs 10 cars of each kind from one extractor, got {shapes}")
+    parts = [_split(features.double(), heldout_share, seed) for features in (common, concept)]
+    weight, bias = _fit_logistic([train for train, _ in parts], l2)
+    probe = FuturismProbe(weight, bias, {"extractor": extractor, "n_common": len(common), "n_concept": len(concept)})
     low, high = (probe.logit(heldout) for _, heldout in parts)
     probe.report["accuracy"] = float(((low < 0).float().mean() + (high > 0).float().mean()) / 2)
     probe.report["auc"] = float((high[:, None] > low).float().mean())
     return probe
 
+
+def _split(features: torch.Tensor, heldout_share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    "Split features at random into training and held-out rows."
+    order = torch.randperm(len(features), generator=seeded(seed))
+    n_heldout = max(1, round(heldout_share * len(features)))
+    return features[order[n_heldout:]], features[order[:n_heldout]]
+
+# %% ../../nbs/5_eval/04_futurism.ipynb #27f3a8ae
+def _fit_logistic(classes: list[torch.Tensor], l2: float) -> tuple[torch.Tensor, torch.Tensor]:
+    "Fit weight (K,) and bias that separate two classes of features (N, K), each with half of the weight."
+    x = torch.cat(classes)
+    y = torch.cat([torch.full((len(rows),), float(label), dtype=x.dtype) for label, rows in enumerate(classes)])
+    share = torch.cat([torch.full((len(rows),), 0.5 / len(rows), dtype=x.dtype) for rows in classes])
+    mean, std = x.mean(0), x.std(0).clamp_min(1e-6)
+    scaled = (x - mean) / std
+    weight = torch.zeros_like(mean).requires_grad_()
+    bias = torch.zeros((), dtype=x.dtype).requires_grad_()
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        errors = F.binary_cross_entropy_with_logits(scaled @ weight + bias, y, reduction="none")
+        total = (errors * share).sum() + l2 / 2 * weight.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    weight = weight.detach() / std
+    return weight, bias.detach() - mean @ weight
+
 # %% ../../nbs/5_eval/04_futurism.ipynb #c85b2d45
 def futurism_scale(
     spec: str | Path,  # "toys", or a folder with a saved probe
-    backbone: str | Path | None = None,  # the MobileNetV2 file of a probe's extractor; None where the extractor needs no file
+    backbone: str | Path | None = None,  # MobileNetV2 file of a probe's extractor; None for a probe on "toys"
     *,
-    device: torch.device | str | None = None,  # None takes the best at hand
-) -> Callable[[torch.Tensor], torch.Tensor]:  # images (N, 3, H, W) -> futurism (N,), the toys' from 0 to 1, a probe's in log odds
-    "Make a function that reads futurism from pictures; raise `CarprotoError` when the probe and its extractor do not fit."
+    device: torch.device | str | None = None,  # None takes the fastest available
+) -> Callable[[torch.Tensor], torch.Tensor]:  # images (N, 3, H, W) -> (N,); "toys": 0 to 1, probe: log odds
+    "Return a futurism scorer; raise `CarprotoError` when probe and backbone do not match."
     if str(spec) == "toys":
         regressor = factor_regressor(device=pick_device(device and str(device)))
         return lambda images: regressor.predict(images)["futurism"]
     probe = FuturismProbe.load(spec)
     name, _, size = probe.report["extractor"].partition("@")
     if size and backbone is None:
-        raise CarprotoError(f"this probe reads the features of {name}: give that file as the backbone")
+        raise CarprotoError(f"this probe takes the features of {name}: give that file as the backbone")
     extractor = feature_extractor(backbone if size else "toys", size=int(size) if size else None, device=device)
     if extractor.name != probe.report["extractor"]:
-        raise CarprotoError(f"this probe was fitted on {probe.report['extractor']}, not on {extractor.name}: give that backbone")
+        fitted = probe.report["extractor"]
+        raise CarprotoError(f"this probe was fitted on {fitted}, not on {extractor.name}: give that backbone")
     return lambda images: probe.logit(extract_features(images, extractor))
