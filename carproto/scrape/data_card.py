@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..config import CarprotoError
-from ..core import escape_markdown
+from ..tables import escape_markdown
 from ..files import _TEXT, atomic_path, format_line, read_json_lines
 from .manifest import PhotoRecord, list_reasons, read_manifest
 from .urls import normalize_url
