@@ -213,7 +213,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(short_run, monkeypatch):
 def test_a_loss_that_is_no_number_stops_and_keeps(short_run, monkeypatch):
     images, run, config = short_run
     before = list_checkpoints(run / "checkpoints")
-    monkeypatch.setattr("carproto.gan.losses.hinge_generator", lambda logits: logits.mean() * float("nan"))
+    monkeypatch.setattr("carproto.gan.trainer.hinge_generator", lambda logits: logits.mean() * float("nan"))
     with pytest.raises(CarprotoError, match="not a number at step 30.*last good checkpoint"):
         train_gan(images, run, config, device="cpu", quiet=True)
     assert list_checkpoints(run / "checkpoints") == before
@@ -317,7 +317,7 @@ def test_a_run_without_a_checkpoint_says_so(short_run, tmp_path, capsys):
     short = subspace_run(run, tmp_path / "short", 5)
     shutil.rmtree(short.checkpoints)
     shutil.rmtree(short.path / "final")
-    with pytest.raises(CarprotoError, match="a shortened code and no checkpoint"):
+    with pytest.raises(CarprotoError, match="a latent subspace and no checkpoint"):
         train_gan(images, short.path, TrainConfig(**short.config()), device="cpu", quiet=True)
 
 
@@ -372,7 +372,7 @@ def test_a_full_memory_is_explained(short_run, monkeypatch, error):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("carproto.gan.losses.hinge_generator", fail)
+    monkeypatch.setattr("carproto.gan.trainer.hinge_generator", fail)
     with pytest.raises(CarprotoError, match="the memory is full with batch 8"):
         train_gan(images, run, config, device="cpu", quiet=True)
 
