@@ -34,12 +34,14 @@ def check_images(
         expected = f"uint8 (N, 3, {config.size}, {config.size})"
         raise CarprotoError(f"expected images as {expected}, got {images.dtype} {tuple(images.shape)}")
     if len(images) < max(2, config.batch):
-        raise CarprotoError(f"there are {len(images)} images and a batch takes {config.batch}: add images or lower the batch")
+        counts = f"there are {len(images)} images and a batch takes {config.batch}"
+        raise CarprotoError(f"{counts}: add images or lower the batch")
     return hashlib.sha256(images.contiguous().numpy()).hexdigest()[:16]
 
 
 _RESUMABLE = ("steps", "report_every")  # choices that may change at any time
-_FIXED = ("size", "width", "z_dim", "seed", "feature_net", "feature_size", "n_images", "data_hash")  # choices that a run cannot change
+# choices that a run cannot change
+_FIXED = ("size", "width", "z_dim", "seed", "feature_net", "feature_size", "n_images", "data_hash")
 
 
 def check_same(
@@ -49,14 +51,17 @@ def check_same(
     allow_changes: bool = False,  # resume with changed choices where that is possible
 ) -> list[str]:  # each changed choice as "name old -> new"
     "Raise `CarprotoError` when a run would resume with other choices or other images; more steps are welcome."
-    old = {**asdict(TrainConfig()), **run.config(), **load_json(run.path / "data.json")}  # a choice newer than the run has its default
+    # a choice newer than the run has its default
+    old = {**asdict(TrainConfig()), **run.config(), **load_json(run.path / "data.json")}
     new = {**asdict(config), **data}
     changed = [name for name, value in new.items() if old.get(name) != value and name not in _RESUMABLE]
     difference = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in changed]
     if not changed or allow_changes and not set(changed) & set(_FIXED):
         return difference
     fixed = [name for name in changed if name in _FIXED]
-    advice = f"{', '.join(fixed)} cannot change: take another name" if fixed else "keep the old choices, take another name, or allow changes"
+    advice = "keep the old choices, take another name, or allow changes"
+    if fixed:
+        advice = f"{', '.join(fixed)} cannot change: take another name"
     raise CarprotoError(f"{run.path} was started differently ({'; '.join(difference)}): {advice}")
 
 # %% ../../nbs/4_gan/09_session.ipynb #95606a29
@@ -69,8 +74,8 @@ def check_extractor(
     network, feature_net = (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (name, config.feature_net or ""))
     if feature_net and network.startswith(feature_net):
         raise CarprotoError(
-            f"feature_net {config.feature_net} is the network of the evaluation too ({name}), so its KID would say nothing: "
-            "choose another extractor or another feature_net"
+            f"feature_net {config.feature_net} is the network of the evaluation too ({name}), "
+            "so its KID would say nothing: choose another extractor or another feature_net"
         )
 
 # %% ../../nbs/4_gan/09_session.ipynb #46183294
@@ -124,7 +129,7 @@ def check_health(
     row: dict,  # means over the last steps
     run: RunFolder,  # whose last good checkpoint the message names
 ) -> None:
-    "Raise `CarprotoError` when a loss is not a number, the discriminator has won for good, or G has collapsed to one image."
+    "Raise `CarprotoError` when a loss is not a number, D has won for good, or G has collapsed to one image."
     fault = None
     if not all(math.isfinite(row[name]) for name in ("loss_d", "loss_g", "loss_f") if name in row):
         fault = f"the loss is not a number at step {row['step']}: lower lr_g and lr_d, or use fp32"
@@ -144,8 +149,9 @@ def explain_memory(
     if not is_out_of_memory(error):
         return None
     return CarprotoError(
-        f"the memory is full with batch {config.batch}, width {config.width} and size {config.size}: lower the batch first, "
-        "then the width; checkpoints stay, but a run with another batch or width needs another name or allowed changes"
+        f"the memory is full with batch {config.batch}, width {config.width} and size {config.size}: "
+        "lower the batch first, then the width; checkpoints stay, but a run with another batch or width needs "
+        "another name or allowed changes"
     )
 
 # %% ../../nbs/4_gan/09_session.ipynb #f5303731

@@ -21,11 +21,26 @@ from ..config import CarprotoError, TrainConfig
 from ..core import find_nonfinite, pick_device, progress, sample_latents
 from ..files import load_json, lock_folder, remove_leftovers, save_json
 from .distributed import Processes
-from .session import Clock, check_extractor, check_health, check_images, check_same, explain_memory, finish_step
+from carproto.gan.session import (
+    Clock,
+    check_extractor,
+    check_health,
+    check_images,
+    check_same,
+    explain_memory,
+    finish_step,
+)
 from .sngan import Discriminator, Generator, load_generator, read_discriminator, save_generator
 from .trainer import Trainer
 from ..images import FITS, to_tensor
-from ..run import RunFolder, describe_environment, list_checkpoints, load_checkpoint, name_last_good, save_checkpoint
+from carproto.run import (
+    RunFolder,
+    describe_environment,
+    list_checkpoints,
+    load_checkpoint,
+    name_last_good,
+    save_checkpoint,
+)
 from ..viz import image_grid, save_picture
 from ..weights import find_weights
 
@@ -45,7 +60,7 @@ def train_gan(
     run_dir: str | Path,  # the run's folder; a run in it is resumed
     config: TrainConfig,  # every choice of the run
     *,
-    evaluate: Callable[[Generator], dict] | None = None,  # numbers of a report, such as `Evaluator.evaluate`; "kid" chooses the best generator
+    evaluate: Callable[[Generator], dict] | None = None,  # numbers of a report, as `Evaluator.evaluate`; "kid" ranks
     heldout: torch.Tensor | None = None,  # uint8 images never trained on, to watch for overfitting
     parent: dict | None = None,  # a checkpoint to start from (FreezeD), used only at the start
     about: dict | None = None,  # further entries for data.json: where the images come from
@@ -59,12 +74,14 @@ def train_gan(
 ) -> Result:  # the EMA of the generator and the record
     "Train an SN-GAN, or resume a run; raise `CarprotoError` for bad input, NaN or collapse, the checkpoints kept."
     data = {"n_images": len(images), "data_hash": check_images(images, config)}
-    check_extractor(config, getattr(getattr(evaluate, "__self__", None), "extractor", None))  # of the evaluator whose method this is
+    evaluator = getattr(evaluate, "__self__", None)  # where `evaluate` is a method of an `Evaluator`
+    check_extractor(config, getattr(evaluator, "extractor", None))
     run, processes = RunFolder(run_dir), Processes(pick_device(device))
     try:
         with lock_folder(run.path, work="training") if processes.is_main else nullcontext():
             changes = open_run(run, config, data, about or {}, allow_changes, processes)
-            trainer = Trainer(images, config, pick_device(device), processes=processes, compile=compile, feature_path=feature_path)
+            options = {"processes": processes, "compile": compile, "feature_path": feature_path}
+            trainer = Trainer(images, config, pick_device(device), **options)
             clock = resume(trainer, run, parent, max_minutes)
             if processes.is_main:
                 log_session(trainer, run, changes)
@@ -92,7 +109,7 @@ def _run(
     title: str | None,
     quiet: bool,
 ) -> tuple[bool, bool]:
-    "Step until the end, the time limit or an interrupt, then save; return whether the end was reached, and whether a person stopped it."
+    "Step to the end, the time limit or an interrupt, then save; return whether it ended, and whether by hand."
     config, processes = trainer.config, trainer.processes
     bar = progress(config.steps, title or run.path.name, initial=trainer.step, quiet=quiet or not processes.is_main)
     with bar, finish_step() as stop:
@@ -120,7 +137,8 @@ def _means(recent: list[dict], trainer: Trainer, clock: Clock) -> dict[str, floa
     "Average the last steps over time and processes; add the shares of time spent otherwise."
     means = torch.stack([torch.stack([row[name] for row in recent]).mean() for name in recent[0]])
     values = dict(zip(recent[0], trainer.processes.mean(means).tolist()))
-    return {**values, "waiting": round(trainer.loader.waited / clock.session, 5), "saving": round(clock.saving / clock.session, 5)}
+    shares = {"waiting": trainer.loader.waited / clock.session, "saving": clock.saving / clock.session}
+    return {**values, **{name: round(share, 5) for name, share in shares.items()}}
 
 
 def _log_row(row: dict, trainer: Trainer, run: RunFolder, bar: object) -> None:
@@ -151,7 +169,8 @@ def report(
         numbers |= evaluate(G)
         best = [row["kid"] for row in run.stats() if math.isfinite(row.get("kid", math.inf))]
         if math.isfinite(numbers.get("kid", math.inf)) and numbers["kid"] <= min(best, default=math.inf):
-            save_generator(G, run.path / "best", about={"steps": trainer.step, "run": run.path.name, "kid": numbers["kid"]})
+            about = {"steps": trainer.step, "run": run.path.name, "kid": numbers["kid"]}
+            save_generator(G, run.path / "best", about=about)
     return numbers
 
 
@@ -215,7 +234,8 @@ def check_beginning(
     saved = [name for name in ("best", "final") if (run.path / name / "config.json").exists()]
     if saved or has_subspace:
         held = f"the generator in {run.path / saved[-1]}" if saved else "a latent subspace"
-        raise CarprotoError(f"{run.path} holds {held} and no checkpoint to resume from: take another name, or bring its checkpoints back")
+        advice = "take another name, or bring its checkpoints back"
+        raise CarprotoError(f"{run.path} holds {held} and no checkpoint to resume from: {advice}")
     print(f"{run.path} holds no checkpoint yet: the run begins at step 0", file=sys.stderr)
 
 
@@ -242,9 +262,10 @@ def log_session(
     changes: list[str],  # choices that differ from the run's beginning
 ) -> None:
     "Append the machine, the fused layers and the changed choices to sessions.jsonl."
-    row = {"step": trainer.step, "n_processes": trainer.processes.n, "precision": trainer.precision, "device": str(trainer.device)}
+    row = {"step": trainer.step, "n_processes": trainer.processes.n, "precision": trainer.precision}
     fused_layers = sorted(name for name, is_fused in trainer.fused_layers.items() if is_fused)
-    run.log("sessions.jsonl", **row, changes=changes, fused_layers=fused_layers, **describe_environment())
+    row |= {"device": str(trainer.device), "changes": changes, "fused_layers": fused_layers}
+    run.log("sessions.jsonl", **row, **describe_environment())
 
 
 def save(
@@ -252,7 +273,7 @@ def save(
     run: RunFolder,  # where the checkpoint goes
     clock: Clock,  # counts the time that writing takes
 ) -> None:
-    "Write a checkpoint; every process must call it at the same time. Raise `CarprotoError` when the state is not finite."
+    "Write a checkpoint, in all processes at once; raise `CarprotoError` when the state is not finite."
     start = time.monotonic()
     state = trainer.state_dict()
     check_finite(trainer, run, state)

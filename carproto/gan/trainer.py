@@ -34,7 +34,8 @@ from ..run import RunFolder
 class Trainer:
     "The state of a training run, and single steps of D and G."
 
-    parts = ("G", "D", "G_ema", "optimizer_g", "optimizer_d", "loader", "lecam")  # attributes whose state a checkpoint holds
+    # attributes whose state a checkpoint holds
+    parts = ("G", "D", "G_ema", "optimizer_g", "optimizer_d", "loader", "lecam")
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ def _build_loader(self: Trainer, images: torch.Tensor) -> None:
 
 # %% ../../nbs/4_gan/08_trainer.ipynb #9d72f3e5
 def keep_freed_memory() -> None:
-    "Return free memory to the system once more, then keep what is freed, in blocks up to 256 MB; without glibc nothing changes."
+    "Return free memory to the system once more, then keep what is freed, in blocks up to 256 MB (glibc only)."
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):
         library.malloc_trim(0)
@@ -122,7 +123,7 @@ def sample_z(
 @patch
 def step_discriminator(
     self: Trainer,
-) -> dict[str, torch.Tensor]:  # scalars: the loss "loss_d", mean logits "logit_real" and "logit_fake"; "loss_f" of the heads
+) -> dict[str, torch.Tensor]:  # scalars: "loss_d", mean logits "logit_real" and "logit_fake"; "loss_f" of the heads
     "Do one step of the discriminator, and of the heads on pretrained features where there are any."
     self.optimizer_d.zero_grad()  # frees the memory of both networks' gradients
     self.optimizer_g.zero_grad()
@@ -206,7 +207,8 @@ def load_state_dict(
     "Resume from a state; raise `CarprotoError` when it is of another architecture, version or number of processes."
     if ("F" in state) != (self.heads is not None):
         held = "with" if "F" in state else "without"
-        raise CarprotoError(f"the checkpoint was trained {held} heads on pretrained features: set feature_net as it was")
+        advice = "set feature_net as it was"
+        raise CarprotoError(f"the checkpoint was trained {held} heads on pretrained features: {advice}")
     try:
         if self.heads is not None:
             self.heads.load_state_dict(state)
@@ -216,9 +218,11 @@ def load_state_dict(
     except CarprotoError:
         raise
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise CarprotoError(f"the checkpoint is of another architecture or version: {str(error).splitlines()[0][:120]}") from error
+        reason = str(error).splitlines()[0][:120]
+        raise CarprotoError(f"the checkpoint is of another architecture or version: {reason}") from error
     if len(noise) != self.processes.n:
-        raise CarprotoError(f"the run was trained by {len(noise)} processes, not {self.processes.n}: resume it with as many")
+        counts = f"{len(noise)} processes, not {self.processes.n}"
+        raise CarprotoError(f"the run was trained by {counts}: resume it with as many")
     self.noise.set_state(noise[self.processes.index].clone())  # a view of a larger tensor crashes PyTorch
     self.load_fused(state["fused_layers"])
     _set_learning_rate(self.optimizer_g, self.config.lr_g)
@@ -253,7 +257,8 @@ def read_config(
     try:
         return TrainConfig(**run.config())
     except (TypeError, AttributeError) as error:
-        raise CarprotoError(f"{run.path} holds no training run of a generator: give the folder of one ({str(error)[:60]})") from error
+        advice = f"give the folder of one ({str(error)[:60]})"
+        raise CarprotoError(f"{run.path} holds no training run of a generator: {advice}") from error
 
 # %% ../../nbs/4_gan/08_trainer.ipynb #b5967dde
 @patch
