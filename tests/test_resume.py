@@ -31,6 +31,7 @@ CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, steps=400, lecam_start
 
 # A single-threaded parent imports once and forks a worker for each line that it reads: what to do, and the folder of it.
 # It reaps the child only at the next line, so that a child that is killed is still there, if only as a zombie.
+# At the end it skips the teardown of PyTorch, which takes seconds on a busy machine.
 PARENT = """
 import json, os, sys
 from pathlib import Path
@@ -61,6 +62,7 @@ for line in sys.stdin:
     print(child, flush=True)
     sys.stdin.readline()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
 """
 PLAN = DemoPlan(size=16, width=4, z_dim=8, z_subspace=4, n_common=64, n_futuristic=40, n_heldout=32, gan_steps=20, finetune_steps=10,
                 encoder_steps=10, invert_steps=2, n_pairs=2)  # fmt: skip

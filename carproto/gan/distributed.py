@@ -90,22 +90,25 @@ _ADVICE = "put `torchrun --nproc_per_node N` in front of the command, or start i
 
 def _count_processes() -> int:
     "Read how many processes a launcher started; raise `CarprotoError` when they could not join."
-    text = {name: os.environ.get(name, "") for name in (*_ADDRESS, *_MPI_SIZES)}
-    if not text["WORLD_SIZE"]:
-        if any(text[name] not in ("", "1") for name in _MPI_SIZES):
+    environment = {name: os.environ.get(name, "") for name in (*_ADDRESS, *_MPI_SIZES)}
+    if not environment["WORLD_SIZE"]:
+        if any(environment[name] not in ("", "1") for name in _MPI_SIZES):
             raise CarprotoError(f"MPI started several processes, which carproto cannot join: {_ADVICE}")
-        if "ACCELERATE_MIXED_PRECISION" in os.environ and text["MASTER_ADDR"]:  # which it sets for more than one only
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and environment["MASTER_ADDR"]:  # which it sets for more than one only
             fault = "accelerate launch was asked for several processes and started one, as it does on CPUs"
             raise CarprotoError(f"{fault}: {_ADVICE}")
         return 1
-    if text["WORLD_SIZE"] == "1":
+    if environment["WORLD_SIZE"] == "1":
         return 1
-    missing = [name for name in _ADDRESS if not (text[name] if name == "MASTER_ADDR" else text[name].isdecimal())]
+    valid = {name: name == "MASTER_ADDR" or value.isdecimal() for name, value in environment.items()}
+    missing = [name for name in _ADDRESS if not environment[name] or not valid[name]]
     if missing:
-        raise CarprotoError(f"WORLD_SIZE is {text['WORLD_SIZE']!r} and {', '.join(missing)} no launcher's: {_ADVICE}")
-    if not int(text["RANK"]) < int(text["WORLD_SIZE"]):
-        raise CarprotoError(f"RANK {text['RANK']} is not below WORLD_SIZE {text['WORLD_SIZE']}: {_ADVICE}")
-    return int(text["WORLD_SIZE"])
+        size = environment["WORLD_SIZE"]
+        raise CarprotoError(f"WORLD_SIZE is {size!r} and {', '.join(missing)} no launcher's: {_ADVICE}")
+    if not int(environment["RANK"]) < int(environment["WORLD_SIZE"]):
+        ranks = f"RANK {environment['RANK']} is not below WORLD_SIZE {environment['WORLD_SIZE']}"
+        raise CarprotoError(f"{ranks}: {_ADVICE}")
+    return int(environment["WORLD_SIZE"])
 
 
 def _join(device: torch.device) -> object:

@@ -112,14 +112,15 @@ def time_fused(
     x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last).requires_grad_()
     times = {False: [], True: []}
     for _ in range(n_rounds + 1):
-        for layer.is_fused, spent in times.items():
+        for is_fused, seconds in times.items():
+            layer.is_fused = is_fused
             start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 y = layer(x)
             y.float().sum().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            spent.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
     return min(times[False][1:]), min(times[True][1:])
 
 # %% ../../nbs/4_gan/01_fused_conv.ipynb #5a19d354

@@ -44,14 +44,14 @@ class _Divide(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple:
         weight, u, v, sigma = ctx.saved_tensors
-        matrix, given = _as_matrix(weight), _as_matrix(grad)
-        outcomes, inner = torch.empty_like(matrix), torch.zeros_like(sigma)
+        matrix, grad_matrix = _as_matrix(weight), _as_matrix(grad)
+        grad_weight, inner = torch.empty_like(matrix), torch.zeros_like(sigma)
         for rows in _row_chunks(matrix):
-            outcomes[rows] = given[rows]
-            inner += torch.dot(outcomes[rows].view(-1), matrix[rows].reshape(-1))
-            outcomes[rows] /= sigma
-        outcomes.addr_(-inner / sigma**2 * u, v)
-        return outcomes.view(weight.movedim(1, -1).shape).movedim(-1, 1), None, None, None
+            grad_weight[rows] = grad_matrix[rows]
+            inner += torch.dot(grad_weight[rows].view(-1), matrix[rows].reshape(-1))
+            grad_weight[rows] /= sigma
+        grad_weight.addr_(-inner / sigma**2 * u, v)
+        return grad_weight.view(weight.movedim(1, -1).shape).movedim(-1, 1), None, None, None
 
 # %% ../../nbs/4_gan/00_spectral_norm.ipynb #47afe0c2
 class _SpectralNorm(parametrizations._SpectralNorm):
