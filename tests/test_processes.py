@@ -29,7 +29,7 @@ torch.save(gradients(trainer), f"{sys.argv[1]}/{trainer.processes.index}.pt")
 
 
 def make_trainer() -> Trainer:
-    """A trainer whose codes are the process's own part of one fixed batch."""
+    """Make a trainer whose latents are the process's part of one fixed batch."""
     trainer = Trainer(ToyCars(24, 16, seed=0).images, CONFIG, torch.device("cpu"))
     latents = torch.randn(CONFIG.batch, CONFIG.z_dim, generator=torch.Generator().manual_seed(5))
     trainer.sample_z = lambda: latents.chunk(trainer.processes.n)[trainer.processes.index]
@@ -37,7 +37,7 @@ def make_trainer() -> Trainer:
 
 
 def gradients(trainer: Trainer) -> dict:
-    """Gradients of one step of each network, and LeCam's means. Drawing for D uses fixed statistics, so that its batch does not matter."""
+    """Return the gradients of one step of each network, and LeCam's means; D's samples use fixed BatchNorm statistics."""
     trainer.G.eval()
     trainer.step_discriminator()
     results = {f"D.{name}": p.grad.clone() for name, p in trainer.D.named_parameters()}
@@ -55,7 +55,7 @@ def test_two_processes_learn_what_one_with_the_whole_batch_learns(tmp_path):
     both = [torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1)]
     alone = make_trainer()
     expected = gradients(alone)
-    again = make_trainer()  # the generator normalises each process's share by itself: one process that draws its batch in two parts
+    again = make_trainer()  # the generator normalises each process's share: one process with its batch in two parts
     again.G.eval()
     again.step_discriminator()
     again.D.eval()
@@ -99,9 +99,10 @@ def test_two_processes_write_one_run_and_resume_exactly(tmp_path):
 def test_a_launch_that_does_not_join_ends_in_one_line(tmp_path, launcher):
     ToyCars(40, 16, seed=2).save(tmp_path / "cars")
     front = [BIN / launcher[0], *launcher[1:]] if isinstance(launcher, list) else []
-    line = [*front, BIN / "carproto_train", "--data", tmp_path / "cars", "--run", "run", *"--size 16 --width 4 --batch 8 --steps 2".split()]
+    tiny = "--size 16 --width 4 --batch 8 --steps 2".split()
+    line = [*front, BIN / "carproto", "train", "--data", tmp_path / "cars", "--run", "run", *tiny]
     environment = ENVIRONMENT | (launcher if isinstance(launcher, dict) else {})
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    said = [row for row in done.stderr.splitlines() if row.startswith("carproto_train: ")]
+    said = [row for row in done.stderr.splitlines() if row.startswith("carproto train: ")]
     assert done.returncode != 0 and len(said) == 1 and "torchrun --nproc_per_node" in said[0], done.stderr[-2000:]
     assert not (tmp_path / "run").exists()

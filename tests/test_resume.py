@@ -1,4 +1,4 @@
-"""A training run that is killed, cut short or out of space goes on exactly where it can, and says so where it cannot."""
+"""A training run that is killed, cut short or out of space resumes exactly where it can, and says so where it cannot."""
 import errno
 import json
 import os
@@ -31,6 +31,7 @@ CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, steps=400, lecam_start
 
 # A single-threaded parent imports once and forks a worker for each line that it reads: what to do, and the folder of it.
 # It reaps the child only at the next line, so that a child that is killed is still there, if only as a zombie.
+# At the end it skips the teardown of PyTorch, which takes seconds on a busy machine.
 PARENT = """
 import json, os, sys
 from pathlib import Path
@@ -45,7 +46,7 @@ config, images = TrainConfig(**json.loads(sys.argv[1])), ToyCars(40, 16, seed=0)
 plan = DemoPlan(**json.loads(sys.argv[2]))
 work = {
     "train": lambda folder: train_gan(images, folder, config, device="cpu", quiet=True),
-    "compact": lambda folder: subspace_run(Path(folder).parent / "source", folder, 5),
+    "subspace": lambda folder: subspace_run(Path(folder).parent / "source", folder, 5),
     "demo": lambda folder: run_demo(folder, plan, quiet=True),
 }
 for line in sys.stdin:
@@ -61,13 +62,14 @@ for line in sys.stdin:
     print(child, flush=True)
     sys.stdin.readline()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
 """
 PLAN = DemoPlan(size=16, width=4, z_dim=8, z_subspace=4, n_common=64, n_futuristic=40, n_heldout=32, gan_steps=20, finetune_steps=10,
                 encoder_steps=10, invert_steps=2, n_pairs=2)  # fmt: skip
 
 
 class Workers:
-    """Starts sessions in processes of their own, and kills them."""
+    """Starts sessions in separate processes, and kills them."""
 
     def __init__(self):
         self.parent = subprocess.Popen(
@@ -106,7 +108,7 @@ def workers():
 
 
 def last_step(run: Path) -> int:
-    """The last step that a run has written down."""
+    """Return the last step in a run's record."""
     lines = (run / "stats.jsonl").read_text().splitlines() if (run / "stats.jsonl").exists() else []
     return json.loads(lines[-1])["step"] if lines and lines[-1].endswith("}") else 0
 
@@ -127,10 +129,11 @@ def test_twenty_kills_change_nothing(tmp_path, workers):
     assert workers.run("train", tmp_path / "killed") == 0 and workers.run("train", tmp_path / "whole") == 0
     killed, whole = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("killed", "whole"))
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
-    states = [torch.load(list_checkpoints(tmp_path / name / "checkpoints")[-1], weights_only=True) for name in ("killed", "whole")]
+    newest = [list_checkpoints(tmp_path / name / "checkpoints")[-1] for name in ("killed", "whole")]
+    states = [torch.load(path, weights_only=True) for path in newest]
     assert states[0]["step"] == states[1]["step"] == 400 and torch.equal(states[0]["noise"], states[1]["noise"])
     assert all(torch.equal(states[0]["D"][name], value) for name, value in states[1]["D"].items())
-    rows = [[json.loads(line) for line in (tmp_path / name / "stats.jsonl").read_text().splitlines()] for name in ("killed", "whole")]
+    rows = [RunFolder(tmp_path / name).stats() for name in ("killed", "whole")]
     for row in rows[0] + rows[1]:
         for name in ("seconds", "waiting", "saving"):
             row.pop(name)
@@ -139,19 +142,20 @@ def test_twenty_kills_change_nothing(tmp_path, workers):
 
 
 @pytest.mark.parametrize("n_kills", [4, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_killed_compact_leaves_a_whole_run_or_none(tmp_path, workers, n_kills):
+def test_a_killed_subspace_run_leaves_a_whole_run_or_none(tmp_path, workers, n_kills):
     images = ToyCars(40, 16, seed=0).images
     train_gan(images, tmp_path / "source", TrainConfig(**{**asdict(CONFIG), "steps": 2}), device="cpu", quiet=True)
     start = time.monotonic()
-    assert workers.run("compact", tmp_path / "whole") == 0
-    seconds, expected, made = time.monotonic() - start, load_file(tmp_path / "whole" / "final" / "model.safetensors"), tmp_path / "killed"
+    assert workers.run("subspace", tmp_path / "whole") == 0
+    seconds, made = time.monotonic() - start, tmp_path / "killed"
+    expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
     for kill in range(n_kills):
-        status = workers.run("compact", made, lambda part=(kill + 1) / n_kills: time.sleep(seconds * part))
+        status = workers.run("subspace", made, lambda part=(kill + 1) / n_kills: time.sleep(seconds * part))
         assert status == -signal.SIGKILL or status == 0
         if made.exists():  # the last kill may come too late
             assert RunFolder(made).config()["z_dim"] == 5 and load_checkpoint(made / "checkpoints")["step"] == 2
             shutil.rmtree(made)
-    assert workers.run("compact", made) == 0
+    assert workers.run("subspace", made) == 0
     assert all(torch.equal(load_file(made / "final" / "model.safetensors")[name], value) for name, value in expected.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "source", "whole"]
 
@@ -174,7 +178,7 @@ def test_a_killed_demo_ends_as_one_that_was_not(tmp_path, workers):
 
 @pytest.fixture
 def short_run(tmp_path):
-    """The pictures and the folder of a run that was stopped after 20 of 40 steps."""
+    """Return images and the folder of a run that was stopped after 20 of 40 steps, and the configuration to resume it."""
     images = ToyCars(40, 16, seed=0).images
     train_gan(images, tmp_path / "run", TrainConfig(**{**asdict(CONFIG), "steps": 20}), device="cpu", quiet=True)
     return images, tmp_path / "run", TrainConfig(**{**asdict(CONFIG), "steps": 40})
@@ -213,7 +217,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(short_run, monkeypatch):
 def test_a_loss_that_is_no_number_stops_and_keeps(short_run, monkeypatch):
     images, run, config = short_run
     before = list_checkpoints(run / "checkpoints")
-    monkeypatch.setattr("carproto.gan.losses.hinge_generator", lambda logits: logits.mean() * float("nan"))
+    monkeypatch.setattr("carproto.gan.trainer.hinge_generator", lambda logits: logits.mean() * float("nan"))
     with pytest.raises(CarprotoError, match="not a number at step 30.*last good checkpoint"):
         train_gan(images, run, config, device="cpu", quiet=True)
     assert list_checkpoints(run / "checkpoints") == before
@@ -300,8 +304,11 @@ def test_runs_of_another_kind_are_refused(short_run, tmp_path, generator):
     images, run, config = short_run
     with pytest.raises(CarprotoError, match="not of an encoder's training"):
         train_encoder(generator, run, EncoderConfig(steps=1, batch=4, width=4), device="cpu", quiet=True)
-    encoder = train_encoder(generator, tmp_path / "encoder", EncoderConfig(steps=1, batch=4, width=4), device="cpu", quiet=True).run
-    for start in (lambda: subspace_run(encoder.path, tmp_path / "new"), lambda: finetune_freezed(encoder.path, images, tmp_path / "new")):
+    short = EncoderConfig(steps=1, batch=4, width=4)
+    encoder = train_encoder(generator, tmp_path / "encoder", short, device="cpu", quiet=True).run
+    starts = [lambda: subspace_run(encoder.path, tmp_path / "new")]
+    starts.append(lambda: finetune_freezed(encoder.path, images, tmp_path / "new"))
+    for start in starts:
         with pytest.raises(CarprotoError, match="train one first|no training run of a generator"):
             start()
 
@@ -317,7 +324,7 @@ def test_a_run_without_a_checkpoint_says_so(short_run, tmp_path, capsys):
     short = subspace_run(run, tmp_path / "short", 5)
     shutil.rmtree(short.checkpoints)
     shutil.rmtree(short.path / "final")
-    with pytest.raises(CarprotoError, match="a shortened code and no checkpoint"):
+    with pytest.raises(CarprotoError, match="a latent subspace and no checkpoint"):
         train_gan(images, short.path, TrainConfig(**short.config()), device="cpu", quiet=True)
 
 
@@ -372,7 +379,7 @@ def test_a_full_memory_is_explained(short_run, monkeypatch, error):
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("carproto.gan.losses.hinge_generator", fail)
+    monkeypatch.setattr("carproto.gan.trainer.hinge_generator", fail)
     with pytest.raises(CarprotoError, match="the memory is full with batch 8"):
         train_gan(images, run, config, device="cpu", quiet=True)
 
@@ -380,7 +387,8 @@ def test_a_full_memory_is_explained(short_run, monkeypatch, error):
 def test_how_photos_became_square_goes_with_the_generator(tmp_path):
     config = TrainConfig(**{**asdict(CONFIG), "steps": 4, "report_every": 2})
     images, about = ToyCars(40, 16, seed=0).images, {"fit": "crop"}
-    result = train_gan(images, tmp_path / "run", config, evaluate=lambda G: {"kid": 1.0}, about=about, device="cpu", quiet=True)
+    options = {"evaluate": lambda G: {"kid": 1.0}, "about": about, "device": "cpu", "quiet": True}
+    result = train_gan(images, tmp_path / "run", config, **options)
     assert result.generator.fit == best_generator(tmp_path / "run", "cpu").fit == "crop"
     assert [load_json(tmp_path / "run" / name / "config.json")["fit"] for name in ("best", "final")] == ["crop", "crop"]
     assert best_generator(subspace_run(tmp_path / "run", tmp_path / "short", 5).path, "cpu").fit == "crop"
@@ -388,7 +396,8 @@ def test_how_photos_became_square_goes_with_the_generator(tmp_path):
 
 def test_a_checkpoint_of_another_network_is_refused(short_run, tmp_path):
     images, run, config = short_run
-    other = train_gan(images, tmp_path / "other", TrainConfig(**{**asdict(CONFIG), "steps": 2, "width": 8}), device="cpu", quiet=True).run
+    wider = TrainConfig(**{**asdict(CONFIG), "steps": 2, "width": 8})
+    other = train_gan(images, tmp_path / "other", wider, device="cpu", quiet=True).run
     for path in list_checkpoints(run / "checkpoints"):
         path.unlink()
     for path in list_checkpoints(other.checkpoints):

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 # %% ../../nbs/4_gan/03_losses.ipynb #f86b1afe
 def hinge_discriminator(
     real: torch.Tensor,  # logits of photos, (N,)
-    fake: torch.Tensor,  # logits of drawings, (M,)
+    fake: torch.Tensor,  # logits of samples, (M,)
 ) -> torch.Tensor:  # scalar: mean relu(1 - real) + mean relu(1 + fake)
     "Return the discriminator's hinge loss (Lim and Ye 2017, arXiv:1705.02894)."
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
 def hinge_generator(
-    fake: torch.Tensor,  # logits of drawings, (N,)
+    fake: torch.Tensor,  # logits of samples, (N,)
 ) -> torch.Tensor:  # scalar: -mean fake
     "Return the generator's hinge loss (Lim and Ye 2017, arXiv:1705.02894)."
     return -fake.mean()

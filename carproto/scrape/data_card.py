@@ -16,10 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..config import CarprotoError
-from ..tables import escape_markdown
 from ..files import _TEXT, atomic_path, format_line, read_json_lines
 from .manifest import PhotoRecord, list_reasons, read_manifest
 from .urls import normalize_url
+from ..tables import escape_markdown
 
 # %% ../../nbs/2_scrape/07_data_card.ipynb #05602573
 def _count(
