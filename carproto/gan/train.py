@@ -185,7 +185,8 @@ def _overfitting(trainer: Trainer, seen: torch.Tensor, unseen: torch.Tensor) -> 
     gaps = {"overfit": (trainer.D(seen).mean() - trainer.D(unseen).mean()).item()}
     if trainer.heads is not None:
         trainer.heads.net.eval()
-        logits_seen, logits_unseen = (torch.cat(trainer.heads.score(x), 1) for x in (seen, unseen))
+        with trainer.autocast():
+            logits_seen, logits_unseen = (torch.cat(trainer.heads.score(x), 1) for x in (seen, unseen))
         gaps["overfit_features"] = (logits_seen.mean() - logits_unseen.mean()).item()
     return gaps
 
