@@ -70,16 +70,14 @@ def _light_body(f, camera, lamp, values):
     n = values[3:6]
     n /= np.sqrt((n * n).sum(0)) + 1e-6
     facing = np.maximum(to @ n, 0)
-    lit, up = lamp @ n, 2 * facing * n[2] - to[2]
+    lit = lamp @ n
+    up = 2 * facing * n[2] - to[2]
     glint = np.maximum(2 * facing * lit - lamp @ to, 0.3) ** 2  # at least 0.3, since denormal numbers are slow
     glint = (glint * glint * glint) ** 2
     glint = glint * glint * glint
     dark = 0.35 * studio_tone(f)
-    sky = (
-        dark
-        + (mix(0.85, 0.55, k) - dark) * ramp(-0.12, 0.12, up)
-        + mix(0.1, 0.6, k) * ramp(0.5, 0.62, up) * ramp(0.98, 0.8, up)
-    )
+    sky = dark + (mix(0.85, 0.55, k) - dark) * ramp(-0.12, 0.12, up)
+    sky = sky + mix(0.1, 0.6, k) * ramp(0.5, 0.62, up) * ramp(0.98, 0.8, up)
     edge = 1 - facing
     fresnel = (0.05 + 0.3 * edge * edge * edge) * ramp(0, 0.2, facing)
     paint = np.array(colorsys.hsv_to_rgb(f.hue, f.saturation, f.value), np.float32)[:, None] + np.float32(0.05 * k)
@@ -95,20 +93,14 @@ def _add_cabin(f, p, s):
     thick = s.roof - s.belt
     if f.contrast:
         s.coat((0.04, 0.04, 0.045), f.contrast * ramp(6.6, 6.9, s.column) * ramp(0.04, 0.1, thick) * 0.85)
-    side = (
-        ramp(5.4, 5.8, s.column)
-        * ramp(0.025, 0.045, s.z - s.belt)
-        * ramp(0.07, 0.09, s.roof - s.z)
-        * ramp(7.4, 7.0, s.column)
-    )
+    side = ramp(5.4, 5.8, s.column) * ramp(0.025, 0.045, s.z - s.belt) * ramp(0.07, 0.09, s.roof - s.z)
+    side *= ramp(7.4, 7.0, s.column)
     side *= ramp(p["x_deck"] - 0.02, p["x_deck"] - 0.05, share)
     end = mix(p["x_front"] - 0.005, p["x_deck"] - 0.06, _smooth(0.1, 1, k))  # the windscreen extends into a canopy
-    screen = (
-        ramp(6.9, 7.25, s.column) * ramp(p["x_cowl"] + 0.01, p["x_cowl"] + 0.025, share) * ramp(end, end - 0.012, share)
-    )
-    shade = mix(0.06, 0.04, k) + (mix(0.16, 0.22, k) * s.sky + 0.8 * s.fresnel * s.sky + 0.35 * s.glint) * ramp(
-        0.05, 0.3, thick
-    )
+    screen = ramp(6.9, 7.25, s.column) * ramp(p["x_cowl"] + 0.01, p["x_cowl"] + 0.025, share)
+    screen *= ramp(end, end - 0.012, share)
+    reflection = mix(0.16, 0.22, k) * s.sky + 0.8 * s.fresnel * s.sky + 0.35 * s.glint
+    shade = mix(0.06, 0.04, k) + reflection * ramp(0.05, 0.3, thick)
     pillar = 0.6 * (f.body != "coupe") * _smooth(0.8, 0.3, k)
     if pillar:
         shade *= 1 - pillar * ramp(0.022, 0.012, np.abs(share - (p["x_front"] + p["x_rear"]) / 2 - 0.02))
@@ -120,22 +112,16 @@ def _add_sides(f, p, s):
     k = f.futurism
     along = p["length"] / 2 - s.x
     middle = ((p["x_front"] + p["x_rear"]) / 2 + 0.02) * p["length"]
-    lines = [np.abs(along - middle - shift * p["length"]) for shift in (-0.22, 0, 0.2)]
-    s.rgb *= 1 - mix(0.5, 0.15, k) * ramp(0.028, 0.012, np.minimum(np.minimum(lines[0], lines[1]), lines[2])) * ramp(
-        1.2, 1.6, s.column
-    )
+    line = np.minimum.reduce([np.abs(along - middle - shift * p["length"]) for shift in (-0.22, 0, 0.2)])
+    s.rgb *= 1 - mix(0.5, 0.15, k) * ramp(0.028, 0.012, line) * ramp(1.2, 1.6, s.column)
     if k < 1:
-        handle = ramp(
-            0.08, 0.05, np.minimum(*(np.abs(along - middle - shift * p["length"]) for shift in (-0.04, 0.16)))
-        )
+        distance = np.minimum(*(np.abs(along - middle - shift * p["length"]) for shift in (-0.04, 0.16)))
+        handle = ramp(0.08, 0.05, distance)
         s.rgb *= 1 + 0.5 * (1 - k) * handle * ramp(0.025, 0.012, np.abs(s.z - (p["belt"] * p["height"] - 0.1)))
     s.coat((0.07, 0.07, 0.07), ramp(p["clearance"] + 0.15, p["clearance"] + 0.09, s.z) * ramp(0.05, 0.25, along))
     z = p["height"] * (p["belt"] if f.body in ("hatchback", "suv", "van") else p["deck"]) - mix(0.10, 0.14, k)
-    s.coat(
-        (0.8, 0.05, 0.06),
-        ramp(mix(0.1, 0.035, k), mix(0.07, 0.02, k), np.abs(s.z - z))
-        * ramp(p["length"] - 0.26, p["length"] - 0.2, along),
-    )
+    tail_lamp = ramp(mix(0.1, 0.035, k), mix(0.07, 0.02, k), np.abs(s.z - z))
+    s.coat((0.8, 0.05, 0.06), tail_lamp * ramp(p["length"] - 0.26, p["length"] - 0.2, along))
 
 # %% ../../nbs/1_toycars/02_paint.ipynb #f6e853a1
 def _add_front(f, p, s):
@@ -150,27 +136,23 @@ def _add_front(f, p, s):
     grille = ramp(half * 0.56, half * 0.5, s.y) * ramp(0.13, 0.1, np.abs(s.z - lamp_z + mix(0.1, 0.02, k)) + 0.14 * k)
     s.coat((0.07 + 0.05 * np.cos(s.z * 90)) * np.ones((3, 1), np.float32), grille * face * _smooth(1, 0.5, k))
     s.coat((0.03, 0.03, 0.03), ramp(half * 0.75, half * 0.68, s.y) * ramp(0.07, 0.05, np.abs(s.z - low)) * face)
-    s.coat(
-        (0.85, 0.85, 0.82),
-        ramp(0.27, 0.25, s.y) * ramp(0.07, 0.055, np.abs(s.z - low - 0.13)) * face * _smooth(0.6, 0.2, k),
-    )
-    inner, tall = mix(half * 0.5, -0.1, _smooth(0, 1, k)), mix(0.085, 0.035, k)
-    lamp = ramp(inner - 0.02, inner + 0.03, s.y) * ramp(
-        tall, tall * 0.6, np.abs(s.z - lamp_z - 0.1 * (1 - k) * (s.y - half * 0.6))
-    )
-    bulb = ramp(0.3, 0.95, np.cos((s.y - half * 0.68) * 14)) * 0.25
-    glow = mix(
-        np.array([[0.72], [0.75], [0.78]], np.float32) + bulb,
-        np.array([[0.75], [0.97], [1.0]], np.float32),
-        _smooth(0.1, 0.7, k),
-    )
+    plate = ramp(0.27, 0.25, s.y) * ramp(0.07, 0.055, np.abs(s.z - low - 0.13))
+    s.coat((0.85, 0.85, 0.82), plate * face * _smooth(0.6, 0.2, k))
+    inner = mix(half * 0.5, -0.1, _smooth(0, 1, k))
+    tall = mix(0.085, 0.035, k)
+    height = np.abs(s.z - lamp_z - 0.1 * (1 - k) * (s.y - half * 0.6))
+    lamp = ramp(inner - 0.02, inner + 0.03, s.y) * ramp(tall, tall * 0.6, height)
+    bulb = np.array([[0.72], [0.75], [0.78]], np.float32) + ramp(0.3, 0.95, np.cos((s.y - half * 0.68) * 14)) * 0.25
+    bar = np.array([[0.75], [0.97], [1.0]], np.float32)
+    glow = mix(bulb, bar, _smooth(0.1, 0.7, k))
     s.coat(glow, lamp * ramp(0.4, 0.34, depth))
 
 # %% ../../nbs/1_toycars/02_paint.ipynb #589ecebc
 def _render_body(f, p, camera, lamp, canvas, corners):
     "Shade the body onto the canvas, with open wheel arches."
     layer = fill_faces(corners[9], corners[10], camera.px)
-    high, front = corners[8].mean(0) > 5, corners[0].max(0) > p["length"] / 2 - 0.7
+    high = corners[8].mean(0) > 5
+    front = corners[0].max(0) > p["length"] / 2 - 0.7
     group = (2 * high + (high ^ front)).astype(np.uint8)  # doors behind, doors in front, glass in front, glass behind
     covered = np.flatnonzero(layer >= 0)
     pixels = covered[np.argsort(group[layer[covered]], kind="stable")]
@@ -183,9 +165,8 @@ def _render_body(f, p, camera, lamp, canvas, corners):
     y = s.y[:belt]
     z = s.z[:belt]
     radius = p["wheel"]
-    near = (
-        np.minimum(*((x - p["length"] * (0.5 - p[axle])) ** 2 for axle in ("x_axle0", "x_axle1"))) + (z - radius) ** 2
-    )
+    along = np.minimum(*((x - p["length"] * (0.5 - p[axle])) ** 2 for axle in ("x_axle0", "x_axle1")))
+    near = along + (z - radius) ** 2
     is_hole = (near < (1.1 * radius) ** 2) & (y > 0.7 * WIDTH / 2)
     hole = np.flatnonzero(is_hole)
     behind = canvas[:, pixels[hole]]
@@ -209,13 +190,15 @@ def _render_wheels(f, p, camera, canvas):
     half = WIDTH / 2 - 0.03
     radius = p["wheel"]
     px = camera.px
-    x, side = p["length"] * (0.5 - np.array([p["x_axle1"], p["x_axle0"]] * 2)), np.array([-1, -1, 1, 1])
+    x = p["length"] * (0.5 - np.array([p["x_axle1"], p["x_axle0"]] * 2))
+    side = np.array([-1, -1, 1, 1])
     hubs = np.stack([x, side * half, np.full(4, radius)])
     rings = np.repeat(hubs[:, :, None, None] + radius * _RING[:, None, None], 4, 2)
     rings[1] -= side[:, None, None] * _INWARDS[:, None]
     column, row, _ = camera(rings.astype(np.float32).reshape(3, 16, 16))
     layer = fill_faces(column.T, row.T, px)
-    covered, faces = np.flatnonzero(layer >= 0), []
+    covered = np.flatnonzero(layer >= 0)
+    faces = []
     _put(canvas, covered, np.full(3, mix(0.055, 0.04, f.futurism)))
     for ring in (11, 15):
         pixels = covered[layer[covered] == ring]
@@ -271,7 +254,8 @@ def _render_background(f, p, camera, lamp, size):
     grey = wall + (tone * (0.84 + 0.2 * y) + mix(0.02, 0.06, k) * np.exp(-((x / 0.4) ** 2)) - wall) * floor
     tint = mix(np.array([0.93, 0.97, 1.03]), np.array([1.02, 0.98, 0.91]), f.warmth)
     tint = mix(tint, np.array([0.62, 0.78, 1.1]), _smooth(0, 1, k) * 0.7).astype(np.float32)
-    image, below = grey * tint[:, None, None], slice(int((slope > -0.02).sum()), None)  # the floor begins at one row
+    image = grey * tint[:, None, None]
+    below = slice(int((slope > -0.02).sum()), None)  # the floor begins at one row
     gx = gx[below]
     gy = gy[below]
     floor = floor[below]
@@ -302,12 +286,14 @@ def render_car(
     f = factors
     p = proportions(factors)
     times = 4 if size <= 32 else 2
-    px, mesh = size * times, loft(p, f.futurism)
+    px = size * times
+    mesh = loft(p, f.futurism)
     feet = np.array(
         [[p["length"] * (0.5 - p[axle]), y, 0] for axle in ("x_axle0", "x_axle1") for y in (-WIDTH / 2, WIDTH / 2)]
     )
     camera = Camera(f, np.concatenate([mesh[:3].reshape(3, -1), feet.T.astype(np.float32)], 1), px)
-    canvas, lamp = np.zeros((4, px * px), np.float32), _lamp(f, camera)
+    canvas = np.zeros((4, px * px), np.float32)
+    lamp = _lamp(f, camera)
     _render_wheels(f, p, camera, canvas)
     _render_body(f, p, camera, lamp, canvas, visible_faces(mesh, camera))
     small = _shrink(canvas.reshape(4, px, px), times)

@@ -23,7 +23,8 @@ class Camera:
         px: int,  # side of the image in pixels
     ):
         is_side = factors.view == "left"
-        a, e = math.radians((86 if is_side else 40) + factors.yaw), math.radians(factors.pitch)
+        a = math.radians((86 if is_side else 40) + factors.yaw)
+        e = math.radians(factors.pitch)
         self.to = np.array([math.cos(a) * math.cos(e), math.sin(a) * math.cos(e), math.sin(e)], np.float32)
         self.right = np.array([-math.sin(a), math.cos(a), 0], np.float32)
         self.up = np.array([-math.cos(a) * math.sin(e), -math.sin(a) * math.sin(e), math.cos(e)], np.float32)
@@ -59,7 +60,8 @@ class Camera:
     ]:  # x and y in metres, and the slope of the ray; above 0 it misses the ground
         "Compute the point of the ground behind each pixel."
         i = (np.arange(size, dtype=np.float32) + 0.5) * self.px / size
-        u, v = ((i - self.offset[0]) / self.scale)[None], ((self.offset[1] - i) / self.scale)[:, None]
+        u = ((i - self.offset[0]) / self.scale)[None]
+        v = ((self.offset[1] - i) / self.scale)[:, None]
         to = self.to.tolist()
         right = self.right.tolist()
         up = self.up.tolist()
@@ -133,6 +135,7 @@ def interpolate(
     table = np.concatenate([centre[9:11], inverse, centre[:9], a[:9], b[:9]]).astype(np.float32)
     at = np.take(table, faces, 1, mode="clip")
     row = pixels // px
-    dx, dy = (pixels - row * px).astype(np.float32) - at[0], row.astype(np.float32) - at[1]
+    dx = (pixels - row * px).astype(np.float32) - at[0]
+    dy = row.astype(np.float32) - at[1]
     s, t = (np.minimum(np.maximum(at[i] * dx + at[i + 1] * dy, -0.5), 0.5) for i in (2, 4))
     return at[6:15] + s * at[15:24] + t * at[24:]

@@ -177,9 +177,8 @@ def ramp(
     return np.minimum(np.maximum(t, 0, out=t), 1, out=t)
 
 
-_OUT = np.array(
-    [0.86, 0.95, 0.965, 0.975, 1, 0.965, 0.935, 0.90, 0.78, 0.45, 0]
-)  # half widths of the points of a cross section
+# half widths of the points of a cross section
+_OUT = np.array([0.86, 0.95, 0.965, 0.975, 1, 0.965, 0.935, 0.90, 0.78, 0.45, 0])
 _LEAN = np.array([0, 0, 0, 0, 0, 0, 0.05, 1, 1, 0.5, 0])  # inclination of the glass at the points
 _RISE = np.array([0, 0, 0.2, 0.5, 0.8])
 _LIFT = np.array([0, 0.03, 0, 0, 0])
@@ -214,7 +213,8 @@ def loft(
     _close_ends(points, n)
     _incline_ends(points[0], points[2], p["length"] / 2, futurism)
     mesh = np.empty((9, points.shape[1], 21), np.float32)
-    mesh[:3, :, :11], mesh[6:, :, :11] = points[:3], points[3:]
+    mesh[:3, :, :11] = points[:3]
+    mesh[6:, :, :11] = points[3:]
     mesh[:, :, 11:] = mesh[:, :, 9::-1]
     mesh[1, :, 11:] *= -1
     mesh[3:6] = _normals(mesh[:3])
