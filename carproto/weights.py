@@ -232,8 +232,8 @@ def download_published(
 
 # %% ../nbs/0_base/05_weights.ipynb #78edb501
 RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
-    "mask_judge": {
-        "config.json": "4b3f8dcb3f9eba941c2cf59ea9614ad1597fd8944b6801c5dd98cb31ec148cd2",
+    "outline_classifier": {
+        "config.json": "75b6e37d5e562891acfe2a7229947d7f01578db908613131f980602c20730a5e",
         "model.safetensors": "a1908915dc448aa7ccf41af50f8bae6a3c916a044b352f4964e69d1d83b5ce0f",
     },
     "real64/common": {
