@@ -135,14 +135,15 @@ def crop_background(photo: Image.Image, mask: Image.Image) -> Image.Image | None
 
 
 def sample_backgrounds(n: int, packs: dict) -> list[Image.Image]:
-    """Return n pictures of 128 pixels: the first half noise, the second the surroundings of cars in photos."""
+    """Return n pictures of 128 pixels: the first half noise, the second the surroundings of cars in street photos."""
     rng = np.random.default_rng(SEED)
     pictures = [Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)) for _ in range(n - n // 2)]
     pictures = [picture.resize((128, 128), Image.Resampling.BICUBIC) for picture in pictures]
     store, aligner = packs["common_cars_train"]
-    for i in rng.permutation(len(store.names)):
-        data = store.read(store.names[i])
-        mask = aligner.find_mask(store, store.names[i], data)
+    streets = [name for name in store.names if Path(name).name.startswith("photo_")]  # the others stand before studio walls
+    for i in rng.permutation(len(streets)):
+        data = store.read(streets[i])
+        mask = aligner.find_mask(store, streets[i], data)
         background = crop_background(open_picture(data), mask) if mask else None
         pictures += [background] if background else []
         if len(pictures) == n:
