@@ -12,6 +12,7 @@ import argparse
 import os
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from carproto.config import CarprotoError
 from carproto.data.align import AlignConfig, align_car
 from carproto.data.dataset import PictureStore, read_metadata
 from carproto.data.masks import Aligner, load_segmenter
-from carproto.files import load_json, save_json
+from carproto.files import atomic_path, load_json, save_json
 from carproto.images import open_picture
 from carproto.run import describe_environment
 from carproto.toycars.paint import render_car
@@ -151,21 +152,34 @@ def sample_backgrounds(n: int, packs: dict) -> list[Image.Image]:
     return pictures
 
 
-def measure_toys(network: str, n: int, packs: dict, folder: Path | None) -> dict:
-    """Compare the network's masks of toy cars, before noise and before photos, with their true ones."""
+def segment_toy(segment: Callable, picture: Image.Image, file: Path | None) -> Image.Image:
+    """Return the network's mask of a toy car, from a file when it was computed before."""
+    if file and file.is_file():
+        return Image.open(file)
+    mask = segment(picture)
+    if file:
+        with atomic_path(file) as temporary:
+            mask.save(temporary, "PNG")
+    return mask
+
+
+def measure_toys(network: str, n: int, packs: dict, masks: Path | None, look: Path | None) -> dict:
+    """Compare the network's masks of toy cars, before noise and before photos by turns, with their true ones."""
     segment = load_segmenter(path=network, threads=1)
     overlaps = {"noise": [], "photo": []}
     examples = []
-    for i, background in enumerate(tqdm(sample_backgrounds(n, packs), desc="toys")):
+    backgrounds = sample_backgrounds(n, packs)
+    for i in tqdm(range(n), desc="toys"):
+        kind = ("noise", "photo")[i % 2]
         picture, mask = render_car(sample_factors(9, i), 128)
-        busy = Image.composite(Image.fromarray(picture), background, Image.fromarray(mask.astype(np.uint8) * 255))
-        predicted = segment(busy)
+        outline = Image.fromarray(mask.astype(np.uint8) * 255)
+        busy = Image.composite(Image.fromarray(picture), backgrounds[i // 2 + (i % 2) * (n - n // 2)], outline)
+        predicted = segment_toy(segment, busy, masks and masks / "toys" / f"{i:03d}.png")
         is_car = np.asarray(predicted) > 127
-        kind = "noise" if i < n - n // 2 else "photo"
         overlaps[kind].append(float((is_car & mask).sum() / (is_car | mask).sum()))
         examples.append((overlaps[kind][-1], busy, predicted))
-    if folder:
-        save_toys(examples, folder)
+    if look:
+        save_toys(examples, look)
     overlaps["all"] = overlaps["noise"] + overlaps["photo"]
     return {kind: {"n": len(values), **describe_quantiles(values)} for kind, values in overlaps.items()}
 
@@ -176,7 +190,7 @@ def describe_quantiles(values: list[float]) -> dict[str, float]:
 
 
 def save_toys(examples: list, folder: Path) -> None:
-    """Write a sheet of toy cars and their masks: ten random ones before each background, then the ten with the least overlap."""
+    """Write a sheet of toy cars and their masks: the first ten, the last ten, then the ten with the least overlap."""
     folder.mkdir(parents=True, exist_ok=True)
     worst = sorted(range(len(examples)), key=lambda i: examples[i][0])[:10]
     sheet = Image.new("RGB", (1280, 768))
@@ -274,7 +288,7 @@ def main() -> None:
         "packs": lambda: measure_packs(packs, config, arguments.n_looked, arguments.look),
         "mirror_toys": lambda: measure_mirror(200),
         "mirror_photos": lambda: measure_photos(Path("data/records/views.json")),
-        "masks_of_toys": lambda: measure_toys(arguments.network, arguments.n_toys, packs, arguments.look),
+        "masks_of_toys": lambda: measure_toys(arguments.network, arguments.n_toys, packs, arguments.masks, arguments.look),
         "timing": lambda: measure_time(arguments.network, packs, arguments.n_timed),
         "inspection": lambda: describe_inspection(arguments.bad, record["packs"], arguments.note),
     }
