@@ -3,12 +3,14 @@
     python studies/alignment.py --data /photos --masks /masks --network u2netp.onnx --aspect 1.4 --look /tmp/look
     python studies/alignment.py --parts inspection --bad 17:halo 44:part
 
-It writes data/records/align.json, one entry a part: `packs`, `mirror_toys`, `mirror_photos`, `masks_of_toys`, `timing`,
-`inspection`. Each entry has its command, commit and machine; `--parts` makes some of them anew. Masks come from `--masks`, a folder
-of a pack's name for each pack, or are computed and cached. The sheets show photos, which are never committed. `--bad` takes the
-numbers of the cars that somebody rejected on the sheets, with the reason: part, second, halo or other.
+It writes data/records/align.json, one entry a part: `packs`, `limits`, `mirror_toys`, `mirror_photos`, `masks_of_toys`,
+`timing`, `inspection`. Each entry has its command, commit and machine; `--parts` makes some of them anew. `limits` counts what
+tighter limits of the defect score would accept, and writes sheets of that. Masks come from `--masks`, a folder of a pack's name
+for each pack, or are computed and cached. The sheets show photos, which are never committed. `--bad` takes the numbers of the cars
+that somebody rejected on the sheets, with the reason: part, second, halo or other.
 """
 import argparse
+import math
 import os
 import time
 from collections import Counter, defaultdict
@@ -22,9 +24,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from carproto.config import CarprotoError
-from carproto.data.align import AlignConfig, align_car
+from carproto.data.align import AlignConfig, align_car, load_outline_classifier, measure_mask
 from carproto.data.dataset import PictureStore, read_metadata
-from carproto.data.masks import Aligner, load_segmenter
+from carproto.data.masks import Aligner, check_picture, load_segmenter
 from carproto.files import atomic_path, load_json, save_json
 from carproto.images import open_picture
 from carproto.run import describe_environment
@@ -32,7 +34,7 @@ from carproto.toycars.paint import render_car
 from carproto.toycars.shape import sample_factors
 
 PACKS = ("common_cars_train", "common_cars_heldout", "concept_cars_train", "concept_cars_heldout")
-PARTS = ("packs", "mirror_toys", "mirror_photos", "masks_of_toys", "timing", "inspection")
+PARTS = ("packs", "limits", "mirror_toys", "mirror_photos", "masks_of_toys", "timing", "inspection")
 SEED = 2024  # of the photos that are looked at, and of the backgrounds
 
 
@@ -69,6 +71,44 @@ def count_pack(store: PictureStore, aligner: Aligner) -> tuple[dict, list[str]]:
         "reasons_by_source": {key: dict(value.most_common()) for key, value in reasons.items()},
     }
     return result, accepted
+
+
+def score_pack(store: PictureStore, aligner: Aligner) -> dict[str, float]:
+    """Return the defect score of each photo that keeps all other limits, by name."""
+    scores = {}
+    rows = read_metadata(store)
+    unlimited = replace(aligner.config, max_defect_score=math.inf, classifier=None)
+    classify = load_outline_classifier(aligner.config.classifier)
+    for name in tqdm(store.names, desc=Path(store.path).stem):
+        data = store.read(name)
+        view = rows[name].get("view") or rows[name].get("view_guess")
+        photo, mask = open_picture(data), aligner.find_mask(store, name, data)
+        try:
+            check_picture(photo.size, mask, unlimited, view=view)
+        except CarprotoError:
+            continue
+        stretch = 1.0 if unlimited.aspect is None else unlimited.aspect * photo.height / photo.width
+        scores[name] = classify(mask, measure_mask(mask, stretch), stretch=stretch, mirrored=view in ("right", "front-right"))
+    return scores
+
+
+def measure_limits(scores: dict[str, dict[str, float]], tighter: dict[str, float], packs: dict, n: int, look: Path | None) -> dict:
+    """Count what limits of the defect score accept, and write sheets of what the tighter ones accept."""
+    limits = (0.15, 0.16, 0.17, 0.18, 0.19, 0.2, 0.21, 0.22, 0.23, 0.24)
+    counts = {pack: {limit: sum(score <= limit for score in row.values()) for limit in limits} for pack, row in scores.items()}
+    accepted = {
+        pack: [name for name, score in row.items() if score <= tighter[pack.split("_")[0]]] for pack, row in scores.items()
+    }
+    chosen = sample_accepted(accepted, n, set(load_json(Path("data/outline_classifier/labels.json"))))
+    if look:
+        save_sheets(chosen, packs, look / "tighter")
+    sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)
+    return {
+        "accepted_at_limit": counts,
+        "tighter": tighter,
+        "accepted": {pack: len(names) for pack, names in accepted.items()},
+        "sheets": {"seed": SEED, "n": len(chosen), "sample": {" ".join(key): n for key, n in sorted(sample.items())}},
+    }
 
 
 def sample_accepted(accepted: dict[str, list[str]], n: int, seen: set[str]) -> list[tuple[str, str]]:
@@ -247,6 +287,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n_toys", type=int, default=500)
     parser.add_argument("--n_timed", type=int, default=100)
     parser.add_argument("--n_looked", type=int, default=200, help="accepted cars on the sheets")
+    parser.add_argument("--tighter", nargs=2, type=float, default=(0.19, 0.23), help="limits for common and concept cars")
     parser.add_argument("--look", type=Path, help="folder for sheets of accepted cars and of toy cars")
     parser.add_argument("--bad", nargs="*", default=[], help="numbers on the sheets that are bad, with the reason, such as 17:halo")
     parser.add_argument("--note", default="", help="a sentence for the record of the inspection")
@@ -286,6 +327,13 @@ def main() -> None:
     record = load_json(arguments.out) if arguments.out.is_file() else {}
     measures = {
         "packs": lambda: measure_packs(packs, config, arguments.n_looked, arguments.look),
+        "limits": lambda: measure_limits(
+            {name: score_pack(*pack) for name, pack in packs.items()},
+            dict(zip(("common", "concept"), arguments.tighter)),
+            packs,
+            arguments.n_looked,
+            arguments.look,
+        ),
         "mirror_toys": lambda: measure_mirror(200),
         "mirror_photos": lambda: measure_photos(Path("data/records/views.json")),
         "masks_of_toys": lambda: measure_toys(arguments.network, arguments.n_toys, packs, arguments.masks, arguments.look),
