@@ -1,4 +1,4 @@
-"""Fit the classifier that scores the outline of a segmented car, from masks labelled by eye and from toy cars.
+"""Fit the classifier that scores the outline of a segmented car, from masks labelled by hand and from toy cars.
 
     python studies/outline_classifier.py --data /photos --masks /masks --out /tmp/outline_classifier
 
