@@ -251,8 +251,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "8feba4c59b1744dad035c45d0c9ca1c457f4726953b7eaa3ac0ad803d593d56a",
         "model.safetensors": "07103cf781b8bcb15ea5099783703df7f6bb437b3bdfdabe6f4df8c210bb1af2",
     },
-    "mask_judge": {
-        "config.json": "4b3f8dcb3f9eba941c2cf59ea9614ad1597fd8944b6801c5dd98cb31ec148cd2",
+    "outline_classifier": {
+        "config.json": "75b6e37d5e562891acfe2a7229947d7f01578db908613131f980602c20730a5e",
         "model.safetensors": "a1908915dc448aa7ccf41af50f8bae6a3c916a044b352f4964e69d1d83b5ce0f",
     },
     "real64/common": {

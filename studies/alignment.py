@@ -1,85 +1,155 @@
-"""Count which photos can be aligned and why others cannot, and measure masks on toy cars; write sheets of accepted cars to look at.
+"""Count which photos can be aligned, measure masks and mirroring on toy cars, and write sheets of accepted cars.
 
-    python studies/alignment.py --data common_cars_train.zip concept_cars_train.zip --network u2netp.onnx --aspect 1.4 --look /tmp/look
+    python studies/alignment.py --data /photos --masks /masks --network u2netp.onnx --aspect 1.4 --look /tmp/look
+    python studies/alignment.py --parts inspection --bad 17:halo 44:part
 
-It writes data/records/align.json. Masks come from `--masks FOLDER` when they are there (one folder of a pack's name for each pack), else
-they are computed and cached. The sheets show photos, never to be committed; `--bad` takes the numbers of the accepted cars that are bad,
-with the reason, as somebody counted them on the sheets: `--bad 17:halo 44:part`.
+It writes data/records/align.json, one entry a part: `packs`, `limits`, `mirror_toys`, `mirror_photos`, `masks_of_toys`,
+`timing`, `inspection`. Each entry has its command, commit and machine; `--parts` makes some of them anew. `limits` counts what
+tighter limits of the defect score would accept, and writes sheets of that. Masks come from `--masks`, a folder of a pack's name
+for each pack, or are computed and cached. The sheets show photos, which are never committed. `--bad` takes the numbers of the cars
+that somebody rejected on the sheets, with the reason: part, second, halo or other.
 """
 import argparse
+import math
+import os
 import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from freezed import describe_command
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from carproto.config import CarprotoError
-from carproto.data.align import AlignConfig, align_car
+from carproto.data.align import AlignConfig, align_car, load_outline_classifier, measure_mask
 from carproto.data.dataset import PictureStore, read_metadata
-from carproto.data.masks import Aligner, load_segmenter
-from carproto.files import load_json, save_json
+from carproto.data.masks import Aligner, check_picture, load_segmenter
+from carproto.files import atomic_path, load_json, save_json
 from carproto.images import open_picture
 from carproto.run import describe_environment
 from carproto.toycars.paint import render_car
 from carproto.toycars.shape import sample_factors
-from carproto.viz import image_grid, save_picture
+
+PACKS = ("common_cars_train", "common_cars_heldout", "concept_cars_train", "concept_cars_heldout")
+PARTS = ("packs", "limits", "mirror_toys", "mirror_photos", "masks_of_toys", "timing", "inspection")
+SEED = 2024  # of the photos that are looked at, and of the backgrounds
 
 
-def count_pack(path: str, aligner: Aligner, n: int | None, n_look: int) -> tuple[dict, list]:
-    """Align the photos of a pack, all or n of them taken at random; return counts by source and reason, and accepted cars."""
-    store, counts, reasons, cars = PictureStore(path), defaultdict(Counter), Counter(), []
-    rows, order = read_metadata(store), np.random.default_rng(0).permutation(len(store.names))
-    names = [store.names[i] for i in order][:n]
-    aligner.prepare(store, names)
-    seconds = 0.0
-    for name in tqdm(names, desc=Path(path).stem):
-        row, source = rows.get(name, {}), Path(name).name.split("_")[0]
-        data = store.read(name)
-        picture, start = open_picture(data), time.thread_time()
+def open_aligners(data: Path, masks: Path | None, network: str, config: AlignConfig) -> dict[str, tuple[PictureStore, Aligner]]:
+    """Open each pack with the aligner that finds its masks."""
+    return {
+        name: (PictureStore(data / f"{name}.zip"), Aligner(config, segment=network, masks=masks and masks / name))
+        for name in PACKS
+    }
+
+
+def count_pack(store: PictureStore, aligner: Aligner) -> tuple[dict, list[str]]:
+    """Align all photos of a pack; return counts by source and reason, and the names of those accepted."""
+    counts = defaultdict(Counter)
+    reasons = defaultdict(Counter)
+    accepted = []
+    rows = read_metadata(store)
+    aligner.prepare(store, store.names)
+    for name in tqdm(store.names, desc=Path(store.path).stem):
+        source = Path(name).name.split("_")[0]
         try:
-            car = aligner(picture, 128, store=store, name=name, data=data, row=row)
+            data = store.read(name)
+            aligner(open_picture(data), 64, store=store, name=name, data=data, row=rows.get(name, {}))
             counts[source]["accepted"] += 1
-            if len(cars) < n_look:
-                cars.append(car)
+            accepted.append(name)
         except CarprotoError as error:
             counts[source]["rejected"] += 1
-            reasons[str(error).split(" (")[0]] += 1
-        seconds += time.thread_time() - start
-    accepted = sum(count["accepted"] for count in counts.values())
-    return {"n": len(names), "accepted": accepted, "by_source": {key: dict(value) for key, value in counts.items()},
-            "reasons": dict(reasons.most_common()), "cpu_ms_a_picture_without_the_network": round(1000 * seconds / len(names), 2)}, cars  # fmt: skip
+            reasons[source][str(error).split(" (")[0]] += 1
+    result = {
+        "n": len(store.names),
+        "accepted": len(accepted),
+        "by_source": {key: dict(value) for key, value in counts.items()},
+        "reasons": dict(sum(reasons.values(), Counter()).most_common()),
+        "reasons_by_source": {key: dict(value.most_common()) for key, value in reasons.items()},
+    }
+    return result, accepted
 
 
-def measure_toys(network: str, n: int) -> dict:
-    """Compare the network's masks of toy cars before noise with their true ones."""
-    segment, overlaps, seconds = load_segmenter(path=network, threads=1), [], 0.0
-    for i in tqdm(range(n), desc="toys"):
-        picture, mask = render_car(sample_factors(9, i), 128)
-        noise = np.random.default_rng(i).integers(0, 255, (12, 12, 3), dtype=np.uint8)
-        busy = Image.fromarray(noise).resize((128, 128), Image.Resampling.BICUBIC)
-        photo = Image.composite(Image.fromarray(picture), busy, Image.fromarray(mask.astype(np.uint8) * 255))
-        start = time.thread_time()
-        results = np.asarray(segment(photo)) > 127
-        seconds += time.thread_time() - start
-        overlaps.append(float((results & mask).sum() / (results | mask).sum()))
-    quantiles = {f"quantile_{q}": round(float(np.quantile(overlaps, q)), 4) for q in (0.05, 0.25, 0.5, 0.75)}
-    return {"n": n, "iou": quantiles, "cpu_seconds_a_mask": round(seconds / n, 3)}
+def score_pack(store: PictureStore, aligner: Aligner) -> dict[str, float]:
+    """Return the defect score of each photo that keeps all other limits, by name."""
+    scores = {}
+    rows = read_metadata(store)
+    unlimited = replace(aligner.config, max_defect_score=math.inf, classifier=None)
+    classify = load_outline_classifier(aligner.config.classifier)
+    for name in tqdm(store.names, desc=Path(store.path).stem):
+        data = store.read(name)
+        view = rows[name].get("view") or rows[name].get("view_guess")
+        photo, mask = open_picture(data), aligner.find_mask(store, name, data)
+        try:
+            check_picture(photo.size, mask, unlimited, view=view)
+        except CarprotoError:
+            continue
+        stretch = 1.0 if unlimited.aspect is None else unlimited.aspect * photo.height / photo.width
+        scores[name] = classify(mask, measure_mask(mask, stretch), stretch=stretch, mirrored=view in ("right", "front-right"))
+    return scores
+
+
+def measure_limits(scores: dict[str, dict[str, float]], tighter: dict[str, float], packs: dict, n: int, look: Path | None) -> dict:
+    """Count what limits of the defect score accept, and write sheets of what the tighter ones accept."""
+    limits = (0.15, 0.16, 0.17, 0.18, 0.19, 0.2, 0.21, 0.22, 0.23, 0.24)
+    counts = {pack: {limit: sum(score <= limit for score in row.values()) for limit in limits} for pack, row in scores.items()}
+    accepted = {
+        pack: [name for name, score in row.items() if score <= tighter[pack.split("_")[0]]] for pack, row in scores.items()
+    }
+    chosen = sample_accepted(accepted, n, set(load_json(Path("data/outline_classifier/labels.json"))))
+    if look:
+        save_sheets(chosen, packs, look / "tighter")
+    sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)
+    return {
+        "accepted_at_limit": counts,
+        "tighter": tighter,
+        "accepted": {pack: len(names) for pack, names in accepted.items()},
+        "sheets": {"seed": SEED, "n": len(chosen), "sample": {" ".join(key): n for key, n in sorted(sample.items())}},
+    }
+
+
+def sample_accepted(accepted: dict[str, list[str]], n: int, seen: set[str]) -> list[tuple[str, str]]:
+    """Choose n accepted photos of all packs in proportion, without those on which the outline classifier was fitted."""
+    fresh = [(pack, name) for pack in PACKS for name in sorted(accepted[pack]) if f"{pack}/{Path(name).name}" not in seen]
+    chosen = np.random.default_rng(SEED).permutation(len(fresh))[:n]
+    return [fresh[i] for i in sorted(chosen)]
+
+
+def save_sheets(chosen: list[tuple[str, str]], packs: dict, folder: Path, side: int = 184, n_columns: int = 5) -> None:
+    """Write sheets of 25: each car as the photo with its mask's edge, and aligned; numbered."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = {pack: read_metadata(store) for pack, (store, _) in packs.items()}
+    for start in range(0, len(chosen), n_columns**2):
+        sheet = Image.new("RGB", (2 * side * n_columns, side * n_columns), "white")
+        draw = ImageDraw.Draw(sheet)
+        for i, (pack, name) in enumerate(chosen[start : start + n_columns**2]):
+            store, aligner = packs[pack]
+            data = store.read(name)
+            photo = open_picture(data)
+            car = aligner(photo, side, store=store, name=name, data=data, row=rows[pack].get(name, {}))
+            x, y = 2 * side * (i % n_columns), side * (i // n_columns)
+            height = round(side / (aligner.config.aspect or 1))
+            sheet.paste(photo.resize((side, height)), (x, y + side - height))
+            sheet.paste(car, (x + side, y))
+            draw.text((x + 3, y + 3), str(start + i), fill="red")
+        sheet.save(folder / f"accepted_{start:03d}.png")
 
 
 def measure_mirror(n: int) -> dict:
-    """Align toy cars of known view, seen from both sides, and count those that do not match the car that was never mirrored."""
+    """Align toy cars of known view, seen from both sides, and count those unlike the car that was never mirrored."""
     wrong, config = 0, AlignConfig()
     for i in range(n):
         factors = sample_factors(11, i, view=("front-right", "front-left")[i % 2])
         left = replace(factors, view="front-left", light=-factors.light) if i % 2 == 0 else factors
         cars = []
         for one in (factors, left):
-            picture, mask = (Image.fromarray(part.astype(np.uint8) * scale) for part, scale in zip(render_car(one, 128), (1, 255)))
-            cars.append(np.asarray(align_car(picture, mask, config, 64, mirrored=one.view == "front-right"), np.float32))
+            picture, mask = render_car(one, 128)
+            outline = Image.fromarray(mask.astype(np.uint8) * 255)
+            car = align_car(Image.fromarray(picture), outline, config, 64, mirrored=one.view == "front-right")
+            cars.append(np.asarray(car, np.float32))
         wrong += np.abs(cars[0] - cars[1]).mean() > np.abs(cars[0][:, ::-1] - cars[1]).mean()
     return {"n": n, "wrong": int(wrong)}
 
@@ -87,43 +157,198 @@ def measure_mirror(n: int) -> dict:
 def measure_photos(file: Path) -> dict:
     """Count, in the confusion of the cross-validated view classifier, the photos whose nose would be turned to the wrong side."""
     result = load_json(file)["with_unlabelled"]
-    confusion, sides = np.array(result["confusion"]), {"left": (0, 1), "right": (3, 4)}  # views of either side, as `VIEWS` counts them
-    right, wrong = (sum(confusion[np.ix_(sides[a], sides[b])].sum() for a in sides for b in sides if (a == b) == same) for same in (True, False))
-    return {"n": int(right + wrong), "wrong": int(wrong), "share_right": round(float(right / (right + wrong)), 4)}
+    confusion = np.array(result["confusion"])
+    sides = {"left": (0, 1), "right": (3, 4)}  # views of either side, as `VIEWS` counts them
+    right = int(sum(confusion[np.ix_(views, views)].sum() for views in sides.values()))
+    wrong = int(confusion[np.ix_(sides["left"], sides["right"])].sum() + confusion[np.ix_(sides["right"], sides["left"])].sum())
+    return {"record": file.name, "n": right + wrong, "wrong": wrong, "share_right": round(right / (right + wrong), 4)}
+
+
+def crop_background(photo: Image.Image, mask: Image.Image) -> Image.Image | None:
+    """Make a background of 128 pixels from the strips above and below the car of a photo; None where the strips are too thin."""
+    rows = np.flatnonzero((np.asarray(mask.resize(photo.size)) > 64).any(1))
+    if not len(rows) or rows[0] < 0.2 * photo.height or photo.height - rows[-1] < 0.06 * photo.height:
+        return None
+    result = Image.new("RGB", (128, 128))
+    result.paste(photo.crop((0, 0, photo.width, rows[0] - 2)).resize((128, 88)), (0, 0))
+    result.paste(photo.crop((0, rows[-1] + 2, photo.width, photo.height)).resize((128, 40)), (0, 88))
+    return result
+
+
+def sample_backgrounds(n: int, packs: dict) -> list[Image.Image]:
+    """Return n pictures of 128 pixels: the first half noise, the second the surroundings of cars in street photos."""
+    rng = np.random.default_rng(SEED)
+    pictures = [Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)) for _ in range(n - n // 2)]
+    pictures = [picture.resize((128, 128), Image.Resampling.BICUBIC) for picture in pictures]
+    store, aligner = packs["common_cars_train"]
+    streets = [name for name in store.names if Path(name).name.startswith("photo_")]  # the others stand before studio walls
+    for i in rng.permutation(len(streets)):
+        data = store.read(streets[i])
+        mask = aligner.find_mask(store, streets[i], data)
+        background = crop_background(open_picture(data), mask) if mask else None
+        pictures += [background] if background else []
+        if len(pictures) == n:
+            break
+    return pictures
+
+
+def segment_toy(segment: Callable, picture: Image.Image, file: Path | None) -> Image.Image:
+    """Return the network's mask of a toy car, from a file when it was computed before."""
+    if file and file.is_file():
+        return Image.open(file)
+    mask = segment(picture)
+    if file:
+        with atomic_path(file) as temporary:
+            mask.save(temporary, "PNG")
+    return mask
+
+
+def measure_toys(network: str, n: int, packs: dict, masks: Path | None, look: Path | None) -> dict:
+    """Compare the network's masks of toy cars, before noise and before photos by turns, with their true ones."""
+    segment = load_segmenter(path=network, threads=1)
+    overlaps = {"noise": [], "photo": []}
+    examples = []
+    backgrounds = sample_backgrounds(n, packs)
+    for i in tqdm(range(n), desc="toys"):
+        kind = ("noise", "photo")[i % 2]
+        picture, mask = render_car(sample_factors(9, i), 128)
+        outline = Image.fromarray(mask.astype(np.uint8) * 255)
+        busy = Image.composite(Image.fromarray(picture), backgrounds[i // 2 + (i % 2) * (n - n // 2)], outline)
+        predicted = segment_toy(segment, busy, masks and masks / "toys" / f"{i:03d}.png")
+        is_car = np.asarray(predicted) > 127
+        overlaps[kind].append(float((is_car & mask).sum() / (is_car | mask).sum()))
+        examples.append((overlaps[kind][-1], busy, predicted))
+    if look:
+        save_toys(examples, look)
+    overlaps["all"] = overlaps["noise"] + overlaps["photo"]
+    return {kind: {"n": len(values), **describe_quantiles(values)} for kind, values in overlaps.items()}
+
+
+def describe_quantiles(values: list[float]) -> dict[str, float]:
+    """Return quantiles by name."""
+    return {f"quantile_{q}": round(float(np.quantile(values, q)), 4) for q in (0.05, 0.25, 0.5, 0.75, 0.95)}
+
+
+def save_toys(examples: list, folder: Path) -> None:
+    """Write a sheet of toy cars and their masks: the first ten, the last ten, then the ten with the least overlap."""
+    folder.mkdir(parents=True, exist_ok=True)
+    worst = sorted(range(len(examples)), key=lambda i: examples[i][0])[:10]
+    sheet = Image.new("RGB", (1280, 768))
+    for row, chosen in enumerate((range(10), range(len(examples) - 10, len(examples)), worst)):
+        for column, i in enumerate(chosen):
+            sheet.paste(examples[i][1], (128 * column, 256 * row))
+            sheet.paste(examples[i][2].convert("RGB"), (128 * column, 256 * row + 128))
+    sheet.save(folder / "toys.png")
+
+
+def measure_time(network: str, packs: dict, n: int) -> dict:
+    """Time the network and everything else on n photos, on one thread; a machine is quiet when its load says so."""
+    segment = load_segmenter(path=network, threads=1)
+    store, aligner = packs["common_cars_train"]
+    rows = read_metadata(store)
+    times = defaultdict(list)
+    load = os.getloadavg()[0]
+    for name in store.names[:n]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        data = store.read(name)
+        picture = open_picture(data)
+        times["read_and_decode"].append((time.perf_counter() - wall, time.process_time() - cpu))
+        wall, cpu = time.perf_counter(), time.process_time()
+        segment(picture)
+        times["network"].append((time.perf_counter() - wall, time.process_time() - cpu))
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            aligner(picture, 128, store=store, name=name, data=data, row=rows[name])
+            kind = "align_accepted"
+        except CarprotoError:
+            kind = "align_rejected"
+        times[kind].append((time.perf_counter() - wall, time.process_time() - cpu))
+    result = {"n": n, "size": 128, "load_average": [round(load, 1), round(os.getloadavg()[0], 1)], "n_cores": os.cpu_count()}
+    for kind, pairs in times.items():
+        wall, cpu = np.array(pairs).T
+        result[kind] = {
+            "n": len(pairs),
+            "cpu_ms_mean": round(1000 * float(cpu.mean()), 2),
+            "cpu_ms_median": round(1000 * float(np.median(cpu)), 2),
+            "wall_ms_median": round(1000 * float(np.median(wall)), 2),
+            "wall_ms_least": round(1000 * float(wall.min()), 2),
+        }
+    return result
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS[:-1], help="entries of the record to make")
+    parser.add_argument("--data", type=Path, help=f"folder with {', '.join(PACKS)} as zip")
+    parser.add_argument("--network", help="file of u2netp")
+    parser.add_argument("--masks", type=Path, help="folder that holds a folder of masks for each pack")
+    parser.add_argument("--aspect", type=float, help="width by height of the photos when they were taken, where they were squashed")
+    parser.add_argument("--n_toys", type=int, default=500)
+    parser.add_argument("--n_timed", type=int, default=100)
+    parser.add_argument("--n_looked", type=int, default=200, help="accepted cars on the sheets")
+    parser.add_argument("--tighter", nargs=2, type=float, default=(0.19, 0.23), help="limits for common and concept cars")
+    parser.add_argument("--look", type=Path, help="folder for sheets of accepted cars and of toy cars")
+    parser.add_argument("--bad", nargs="*", default=[], help="numbers on the sheets that are bad, with the reason, such as 17:halo")
+    parser.add_argument("--note", default="", help="a sentence for the record of the inspection")
+    parser.add_argument("--out", type=Path, default=Path("data/records/align.json"))
+    return parser.parse_args()
+
+
+def measure_packs(packs: dict, config: AlignConfig, n_looked: int, look: Path | None) -> dict:
+    """Count all packs and write the sheets of accepted cars."""
+    results, accepted = {}, {}
+    for name, (store, aligner) in packs.items():
+        results[name], accepted[name] = count_pack(store, aligner)
+    chosen = sample_accepted(accepted, n_looked, set(load_json(Path("data/outline_classifier/labels.json"))))
+    if look:
+        save_sheets(chosen, packs, look)
+    sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)
+    return {
+        "aspect": config.aspect,
+        "max_defect_score": config.max_defect_score,
+        **results,
+        "sheets": {"seed": SEED, "n": len(chosen), "sample": {" ".join(key): n for key, n in sorted(sample.items())}},
+    }
+
+
+def describe_inspection(bad: list[str], packs: dict, note: str) -> dict:
+    """Count what somebody rejected on the sheets, by reason."""
+    reasons = Counter(entry.partition(":")[2] for entry in bad)
+    result = {**packs["sheets"], "max_defect_score": packs["max_defect_score"], "n_bad": len(bad)}
+    return {**result, "reasons": dict(reasons), "bad": bad, "note": note}
 
 
 def main() -> None:
     """Measure, print and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", nargs="+", required=True, help="folders or zips of photos, with `view` or `view_guess` in metadata.jsonl")
-    parser.add_argument("--network", required=True, help="file of u2netp")
-    parser.add_argument("--masks", type=Path, help="folder that holds a folder of masks for each pack")
-    parser.add_argument("--aspect", type=float, help="width by height of the photos when they were taken, where they were squashed")
-    parser.add_argument("--n", type=int, help="photos of each pack, taken at random; all when left out")
-    parser.add_argument("--n_toys", type=int, default=500)
-    parser.add_argument("--look", type=Path, help="folder for sheets of accepted cars, 200 of each pack")
-    parser.add_argument("--bad", nargs="*", default=[], help="numbers of bad ones on the sheets, with the reason, such as 17:halo")
-    parser.add_argument("--n_looked", type=int, default=0, help="accepted cars that were looked at")
-    parser.add_argument("--sample", default="", help="what the cars that were looked at are a sample of")
-    parser.add_argument("--out", type=Path, default=Path("data/records/align.json"))
-    arguments = parser.parse_args()
-    record = {"command": describe_command(), "packs": {}}
-    for path in arguments.data:
-        masks = arguments.masks and arguments.masks / Path(path).stem
-        aligner = Aligner(AlignConfig(aspect=arguments.aspect), segment=arguments.network, masks=masks)
-        record["packs"][Path(path).stem], cars = count_pack(path, aligner, arguments.n, 200)
-        if arguments.look:
-            arguments.look.mkdir(parents=True, exist_ok=True)
-            for start in range(0, len(cars), 100):
-                sheet = image_grid([car.resize((96, 96)) for car in cars[start : start + 100]], 10)
-                save_picture(sheet, arguments.look / f"{Path(path).stem}_{start}.png")
-    record["look"] = {"n": arguments.n_looked, "sample": arguments.sample, "bad": arguments.bad}
-    record["mirror_toys"] = measure_mirror(200)
-    record["mirror_photos"] = measure_photos(Path("data/records/views.json"))
-    record["toys"] = measure_toys(arguments.network, arguments.n_toys)
-    record["machine"] = describe_environment()
-    save_json(record, arguments.out)
-    print(record)
+    arguments = parse_arguments()
+    config = AlignConfig(aspect=arguments.aspect)
+    packs = open_aligners(arguments.data, arguments.masks, arguments.network, config) if arguments.data else {}
+    record = load_json(arguments.out) if arguments.out.is_file() else {}
+    measures = {
+        "packs": lambda: measure_packs(packs, config, arguments.n_looked, arguments.look),
+        "limits": lambda: measure_limits(
+            {name: score_pack(*pack) for name, pack in packs.items()},
+            dict(zip(("common", "concept"), arguments.tighter)),
+            packs,
+            arguments.n_looked,
+            arguments.look,
+        ),
+        "mirror_toys": lambda: measure_mirror(200),
+        "mirror_photos": lambda: measure_photos(Path("data/records/views.json")),
+        "masks_of_toys": lambda: measure_toys(arguments.network, arguments.n_toys, packs, arguments.masks, arguments.look),
+        "timing": lambda: measure_time(arguments.network, packs, arguments.n_timed),
+        "inspection": lambda: describe_inspection(arguments.bad, record["packs"], arguments.note),
+    }
+    for part in arguments.parts:
+        machine = describe_environment()
+        start = time.monotonic()
+        result = measures[part]()
+        about = {"command": describe_command(), "seconds": round(time.monotonic() - start, 1), "machine": machine}
+        record = load_json(arguments.out) if arguments.out.is_file() else {}
+        record[part] = {**result, **about}
+        save_json(record, arguments.out)
+        print(part, record[part])
 
 
 if __name__ == "__main__":

@@ -105,12 +105,12 @@ def _mirrored_views(options: Curate) -> tuple[str, ...] | None:
 
 def _make_aligner(options: Curate) -> Aligner | None:
     "Make what aligns cars, where it is asked for."
-    wanted = ("aspect", "mask_model", "mask_file", "max_doubt")
+    wanted = ("aspect", "mask_model", "mask_file", "max_defect_score")
     if not options.align:
         if any(getattr(options, name) is not None for name in wanted):
             raise CarprotoError(f"{', '.join(wanted)} need --align")
         return None
-    chosen = _given(mask_model=options.mask_model, max_doubt=options.max_doubt, aspect=options.aspect, views=_mirrored_views(options))
+    chosen = _given(mask_model=options.mask_model, max_defect_score=options.max_defect_score, aspect=options.aspect, views=_mirrored_views(options))
     return Aligner(AlignConfig(**chosen), segment=options.mask_file)
 
 # %% ../../nbs/8_app/08_commands.ipynb #cf9b56b6

@@ -82,7 +82,7 @@ class Curate:
     aspect: float | None = None  # with --align: width by height of squashed photos, such as 1.4; None takes their own
     mask_model: str | None = None  # with --align: u2netp, u2net, silueta, isnet-general-use, or another of rembg's; None is u2netp
     mask_file: PathText | None = None  # with --align: the network's file; None looks for it, else downloads it
-    max_doubt: float | None = None  # with --align: score from which an outline is rejected, 0 to 1; None is the default of AlignConfig
+    max_defect_score: float | None = None  # with --align: score from which an outline is rejected, 0 to 1; None is the default of AlignConfig
     sheet: PathText | None = None  # where to save a contact sheet of what was rejected and why; None saves none
 
 # %% ../../nbs/8_app/07_options.ipynb #714890eb
