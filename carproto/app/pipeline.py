@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Car', 'RELEASED_PIPELINES', 'CarPipeline', 'PhotoInversion', 'local_pipelines']
 
-# %% ../../nbs/8_app/00_pipeline.ipynb #adaf62ab
+# %% ../../nbs/8_app/00_pipeline.ipynb #95fcc85a
 import copy
+import hashlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
@@ -71,6 +72,7 @@ class CarPipeline:
         self.fingerprints = [G.fingerprint() if hasattr(G, "fingerprint") else "" for G in self.generators]
         self.fit = self.fit or getattr(self.common, "fit", "squash")
         self._plans = {}
+        self._generated = {}
 
     @property
     def generators(self) -> list[Generator]:
@@ -103,7 +105,21 @@ def generate(
     device = next(G.parameters()).device
     latents = sample_latents(n, G.z_dim, check_seed(seed)) if z is None else z
     inputs = [latents.to(device)] if channel_gains is None else [latents.to(device), channel_gains.to(device)]
-    return G(*inputs).cpu()
+    images = G(*inputs).cpu()
+    for i, image in enumerate(images):
+        gains = None if channel_gains is None else channel_gains[i].tolist()
+        self._generated[_hash_image(image)] = latents[i].tolist(), gains
+    while len(self._generated) > _N_REMEMBERED:
+        del self._generated[next(iter(self._generated))]
+    return images
+
+
+_N_REMEMBERED = 1000  # generated images whose latents `blend` need not find again
+
+
+def _hash_image(image: torch.Tensor) -> str:
+    "Hash an image (3, H, W)."
+    return hashlib.sha256(image.detach().cpu().contiguous().numpy()).hexdigest()
 
 # %% ../../nbs/8_app/00_pipeline.ipynb #64229ac9
 @patch
@@ -255,7 +271,8 @@ def find_car(
     if isinstance(car, Inversion):
         return car.z[0].tolist(), None
     if isinstance(car, torch.Tensor):
-        return self.encode(car if car.ndim == 4 else car[None], kind).car(0)
+        generated = self._generated.get(_hash_image(car.reshape(car.shape[-3:])))
+        return generated or self.encode(car if car.ndim == 4 else car[None], kind).car(0)
     return self.encode([car], kind, names=None if isinstance(car, bytes) else [str(car)]).car(0)
 
 
