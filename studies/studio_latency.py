@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from carproto.app.pipeline import CarPipeline
 from carproto.app.studio import IntensityStudio
 from carproto.core import sample_latents
 from carproto.files import save_json
@@ -28,7 +29,7 @@ async def time_paths(studio: IntensityStudio, n: int) -> list[float]:
         studio.car_b.value = (studio.car_b.value + 1) % 16
         taken.append(1000 * (time.perf_counter() - start))
         assert studio.picture.value != before, "no new picture"
-        studio._job = None  # the rest of the path is not wanted here
+        studio._worker.job = None  # the rest of the path is not wanted here
         await asyncio.sleep(0.02)
     return taken
 
@@ -36,7 +37,7 @@ async def time_paths(studio: IntensityStudio, n: int) -> list[float]:
 def open_pipeline(parts: tuple, size: int) -> IntensityStudio:
     """Open a studio on two generators, half way between the first two cars."""
     common, futuristic = (part.eval().requires_grad_(False) for part in parts)
-    studio = IntensityStudio(common, futuristic, sample_latents(16, common.z_dim, seed=0))
+    studio = IntensityStudio(CarPipeline(common, futuristic), sample_latents(16, common.z_dim, seed=0))
     studio.intensity.value = 0.5
     assert studio.path.content(0) and studio.path.images[0].shape[-1] == size
     return studio

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from carproto.app.cli import COMMANDS, parse
-from carproto.config import DemoPlan, EncoderConfig, FinetuneConfig, InvertConfig, TrainConfig
+from carproto.config import PHOTO_INVERSION, DemoPlan, EncoderConfig, FinetuneConfig, TrainConfig
 from carproto.toycars.dataset import ToyCars
 
 CARPROTO = Path(sys.executable).parent / "carproto"
@@ -59,7 +59,8 @@ def test_help_comes_within_a_second_and_without_torch(name, tmp_path):
 
 def test_every_default_is_the_dataclass_of_its_stage():
     assert parse(["train"]).config == TrainConfig() and parse(["encode"]).config == EncoderConfig()
-    assert parse(["finetune"]).config == FinetuneConfig() and parse(["encode"]).refine == InvertConfig()
+    assert parse(["finetune"]).config == FinetuneConfig()
+    assert parse(["encode"]).refine == parse(["blend", "seed:1", "seed:2"]).refine == PHOTO_INVERSION
     assert parse(["demo"]).plan == DemoPlan()
 
 

@@ -26,8 +26,10 @@ MAX_PATH = float(os.environ.get("CARPROTO_MAX_PATH_MS", "8000"))  # to the first
 SETUP = """
 import torch
 from carproto.core import sample_latents
+from carproto.app.pipeline import CarPipeline
 from carproto.app.studio import IntensityStudio
-from carproto.toycars.dataset import CarFactors, render_car
+from carproto.toycars.paint import render_car
+from carproto.toycars.shape import CarFactors
 
 class Pencil(torch.nn.Module):
     "Draw toy cars; the futurism is the only weight."
@@ -45,7 +47,7 @@ class Pencil(torch.nn.Module):
 
 common, futuristic = Pencil(0.0), Pencil(1.0)
 darkness = lambda images: (0.5 - images[:, :, :8].mean((1, 2, 3)) / 2).tolist()
-make = lambda: IntensityStudio(common, futuristic, sample_latents(4, 4), futurism=darkness, folder={folder!r})
+make = lambda: IntensityStudio(CarPipeline(common, futuristic, futurism=darkness), sample_latents(4, 4), folder={folder!r})
 """
 RELEASED = """
 from carproto.app.studio import open_studio
@@ -323,10 +325,10 @@ def test_upload_of_a_car(released):
     press(released, "Home")
     before = seen(released)
     upload(released, "photo", {"name": "my car.jpg", "mimeType": "image/jpeg", "buffer": stream.getvalue()})
-    released.wait_for_function("document.querySelector('.carproto-bar').innerText.includes('Reading')")
+    released.wait_for_function("document.querySelector('.carproto-bar').innerText.includes('Inverting')")
     alive = press(released, "ArrowRight")
-    print(f"key to decoded picture while a picture is read: {alive:.0f} ms")
-    assert "my car is read" in text(released, "my car is read")
+    print(f"key to decoded picture while a photo is inverted: {alive:.0f} ms")
+    assert "my car is inverted" in text(released, "my car is inverted")
     wait_for_rest(released)
     assert options(released, "car-a")[-1] == "my car"
     assert released.locator(".carproto-sheet-names span").all_inner_texts()[-1] == "my car" and seen(released) != before
@@ -347,14 +349,14 @@ def test_upload_of_what_is_no_car(released, name, reason):
 
 
 def test_switch_of_the_pair(released):
-    pairs = options(released, "pair-list")
+    pairs = options(released, "pipeline-list")
     assert pairs == ["toy cars", "real cars"]
-    choose(released, "pair-list", "real cars")
+    choose(released, "pipeline-list", "real cars")
     assert "give that file as the backbone" in text(released, "Futurism is not measured")
     wait_for_rest(released)
     assert "mask IoU" not in released.locator(".carproto-curves").inner_text()
     photograph(released, "real")
-    choose(released, "pair-list", "toy cars")
+    choose(released, "pipeline-list", "toy cars")
     wait_for_rest(released)
     assert options(released, "car-a")[-1] == "my car"
     assert not released.complaints
@@ -385,14 +387,14 @@ def test_pick_from_the_album(released, work):
     before = seen(released)
     tab_to(released, "photo 13.jpg as car a")
     released.keyboard.press("Space")
-    text(released, "photo 13 is read")
+    text(released, "photo 13 is inverted")
     wait_for_rest(released)
     assert options(released, "car-a")[-1] == "photo 13" and seen(released) != before
     press(released, "End")
     before = seen(released)
     tab_to(released, "photo 14.jpg as car b")
     released.keyboard.press("Enter")
-    text(released, "photo 14 is")  # read, or doubted: it is a car of today
+    text(released, "photo 14 is")  # inverted, or an outlier: it is a common car
     wait_for_rest(released)
     chosen = [released.locator(f".carproto-car-{end} select").evaluate("list => list.selectedOptions[0].text") for end in "ab"]
     assert [name.replace("\xa0", " ") for name in chosen] == ["photo 13", "photo 14"] and seen(released) != before

@@ -13,7 +13,7 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
-from ..config import BlendMode, CarprotoError, DemoPlan, EncoderConfig, FinetuneConfig, Fit, InvertConfig, TrainConfig, check_numbers
+from ..config import PHOTO_INVERSION, BlendMode, CarprotoError, DemoPlan, EncoderConfig, FinetuneConfig, Fit, InvertConfig, TrainConfig, check_numbers
 
 # %% ../../nbs/8_app/07_options.ipynb #a210b0a4
 def expand_path(
@@ -148,55 +148,57 @@ class Compact:
 # %% ../../nbs/8_app/07_options.ipynb #63d9ffd3
 @dataclass(frozen=True)
 class Encode:
-    "Train the encoder of a pair of runs, and invert photos."
+    "Train the latent encoder of one or two generators, and invert photos."
 
-    common: PathText = "runs/common"  # folder of the common cars' run, or a release such as real64/common
-    futuristic: PathText | None = None  # folder of its fine-tuned run, or its release; with it the encoder learns both generators
-    run: PathText = "runs/encoder"  # the encoder's folder; a run that is there goes on
-    data: PathText | None = None  # photos of common cars that join the training, or toycars; None trains on generated images only
-    concepts: PathText | None = None  # photos of futuristic cars that join the training
-    heldout: PathText | None = None  # common cars never trained on, for the evaluation; None holds out a tenth of the data
-    heldout_concepts: PathText | None = None  # futuristic cars never trained on, for the evaluation
-    pictures: PathText | None = None  # a folder or zip of photos to invert afterwards; None only trains
-    encoder: PathText | None = None  # one that is trained already, a release such as real64 or a folder of this command
-    kind: str = "common"  # which generator inverts the photos: common or futuristic
-    n: int = 16  # how many of the photos
-    fit: Fit = "squash"  # how a photo becomes square
-    max_minutes: float | None = None  # stop cleanly after so long; None never
+    common: PathText = "runs/common"  # run of the common cars, or a release such as real64/common
+    futuristic: PathText | None = None  # its fine-tuned run or release; None trains for one generator only
+    run: PathText = "runs/encoder"  # folder of the encoder's run; an existing run is resumed
+    data: PathText | None = None  # photos of common cars to train on, or toycars; None: generated images only
+    concepts: PathText | None = None  # photos of futuristic cars to train on; None trains without them
+    heldout: PathText | None = None  # common cars for evaluation only; None: a tenth of --data
+    heldout_concepts: PathText | None = None  # futuristic cars for evaluation only; None: a tenth of --concepts
+    pictures: PathText | None = None  # folder or zip of photos to invert after training; None inverts none
+    encoder: PathText | None = None  # trained encoder: its folder or a release such as real64; None trains one
+    kind: str = "common"  # generator that inverts the photos: common or futuristic
+    n: int = 16  # maximum number of photos to invert
+    fit: Fit | None = None  # how a photo becomes square; None takes what the weights say
+    max_minutes: float | None = None  # stop after so many minutes, to be resumed; None means no limit
     config: OmitArgPrefixes[EncoderConfig] = EncoderConfig()
-    refine: InvertConfig = InvertConfig()
+    refine: InvertConfig = PHOTO_INVERSION
 
     def __post_init__(self):
         check_numbers({"max_minutes": self.max_minutes}, above=True)
         check_numbers({"n": self.n}, 1)
         kinds = ["common"] + ["futuristic"] * (self.futuristic is not None)
         if self.kind not in kinds:
-            raise CarprotoError(f"kind {self.kind!r} is not possible: choose one of {', '.join(kinds)}, and give the folder of its run")
+            raise CarprotoError(
+                f"kind {self.kind!r} is not possible: choose one of {', '.join(kinds)}, and give the folder of its run"
+            )
         if self.encoder is not None and self.pictures is None:
-            raise CarprotoError("an --encoder that is trained already inverts --pictures: name a folder or zip of them")
+            raise CarprotoError("--encoder inverts --pictures: name a folder or zip of them")
 
 # %% ../../nbs/8_app/07_options.ipynb #3ba21142
 @dataclass(frozen=True)
 class Blend:
     "Blend two cars along an intensity: a strip, frames, a GIF, a WebP and a recipe."
 
-    car_a: Positional[PathText | None] = None  # the car at intensity 0: a photo, or seed:7
-    car_b: Positional[PathText | None] = None  # the car at intensity 1: a photo, or seed:8
-    common: PathText = "runs/common"  # folder of the common cars' run, or a release such as real64/common
-    futuristic: PathText = "runs/futuristic"  # folder of its fine-tuned run, or its release
-    encoder: PathText | None = None  # folder of carproto encode, or a release such as real64; needed for photos
-    out: PathText = "runs/blend"  # where the frames go
-    intensity: str = "0:1:11"  # first:last:count, or numbers with commas
-    code: str | None = None  # intensities of the latent alone, in the same way; one number holds it still; None follows --intensity
-    generator: str | None = None  # intensities of the generator alone, in the same way
-    levels: str | None = None  # share of each resolution in the generator's intensity, from 4 px up, with commas; None means all
+    car_a: Positional[PathText | None] = None  # car at intensity 0: a photo, or seed:7 for a random latent
+    car_b: Positional[PathText | None] = None  # car at intensity 1: a photo, or seed:8 for a random latent
+    common: PathText = "runs/common"  # run of the common cars, or a release such as real64/common
+    futuristic: PathText = "runs/futuristic"  # its fine-tuned run or release
+    encoder: PathText | None = None  # folder of carproto encode, or a release such as real64; None: seeds only
+    out: PathText = "runs/blend"  # folder of the frames
+    intensity: str = "0:1:11"  # first:last:count, or numbers with commas; 0 is car a, 1 is car b
+    latent: str | None = None  # intensities of the latent, written alike; one number fixes it; None: --intensity
+    generator: str | None = None  # intensities of the generator, written alike; None: --intensity
+    levels: str | None = None  # factor of the generator's intensity at 4 px, 8 px ..., with commas; None: 1
     mode: BlendMode = "norm"  # path between the latents
-    calibrate_by: PathText | None = None  # make equal steps equal steps of futurism: toys, or a folder with a futurism probe
-    backbone: PathText | None = None  # the probe's MobileNetV2 file
-    recipe: PathText | None = None  # generate the frames of a recipe.json again
-    fit: Fit = "squash"  # how a photo becomes square
+    calibrate_by: PathText | None = None  # even steps of futurism by toys, or a probe's folder; None: uncalibrated
+    backbone: PathText | None = None  # MobileNetV2 file of the probe's features; None where it needs none
+    recipe: PathText | None = None  # recipe.json whose frames are generated again; None blends car_a and car_b
+    fit: Fit | None = None  # how a photo becomes square; None takes what the weights say
     extrapolate: bool = False  # allow intensities outside 0 to 1
-    refine: InvertConfig = InvertConfig(steps=200, norm_slack=0.05)
+    refine: InvertConfig = PHOTO_INVERSION
 
     def __post_init__(self):
         if self.recipe is None and (self.car_a is None or self.car_b is None):
@@ -205,15 +207,15 @@ class Blend:
 
 @dataclass(frozen=True)
 class Evaluate:
-    "Measure a run's generator against held-out cars: KID, coverage, copy rate and more."
+    "Measure KID, coverage, copy rate and more of a run's generator against held-out cars."
 
     run: PathText = "runs/common"  # folder of a training run
-    data: PathText = "toycars"  # cars never trained on: a folder or zip, toycars or toycars-futuristic
-    extractor: PathText = "toys"  # toys, inception, or a MobileNetV2 file
-    train: PathText | None = None  # the cars trained on, to find copies; the same as --data where training held out a tenth of it
+    data: PathText = "toycars"  # held-out cars: folder or zip, toycars or toycars-futuristic
+    extractor: PathText = "toys"  # feature extractor: toys, inception, or a MobileNetV2 file
+    train: PathText | None = None  # training cars, to count copies; --data where training split it; None counts none
     fit: Fit = "squash"  # how a photo becomes square
-    n_fake: int | None = None  # generated images; None takes as many as there are held-out ones
-    extractor_size: int | None = None  # side at which a MobileNetV2 file sees images, pixels; None is 224
+    n_fake: int | None = None  # generated images; None means as many as there are held-out cars
+    extractor_size: int | None = None  # input side of a MobileNetV2 file, pixels; None means 224
 
     def __post_init__(self):
         check_numbers({"n_fake": self.n_fake}, 1)
