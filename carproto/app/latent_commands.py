@@ -195,11 +195,11 @@ def make_blend(
         "channel_gains_a": channel_gains_a,
         "channel_gains_b": channel_gains_b,
     }
-    code, generator = (_separate(text, len(steps), steps, options.extrapolate) for text in (options.code, options.generator))
+    code, generator = (_separate(text, len(steps), steps, options.extrapolate) for text in (options.latent, options.generator))
     if options.calibrate_by is not None:
 
         def draw(code: torch.Tensor, generator: torch.Tensor) -> torch.Tensor:
-            return BlendRecipe(z_a, z_b, code.tolist(), generator.tolist(), code.tolist(), **about).draw(*generators)
+            return BlendRecipe(z_a, z_b, code.tolist(), generator.tolist(), code.tolist(), **about).generate(*generators)
 
         code, generator = _calibrate(options, draw, steps)
     prints = {"common": generators[0].fingerprint(), "futuristic": generators[1].fingerprint()}
@@ -210,10 +210,10 @@ def _calibrate(options: Blend, draw, steps: list[float]) -> tuple[list[float], l
     "Find intensities of latent and generator at which equal steps are equal steps of measured futurism."
     scale = futurism_scale(options.calibrate_by, options.backbone)
     perceptual = PerceptualDistance(discriminator_features(load_discriminator(options.common, "cpu")))
-    if options.code is None and options.generator is None:
+    if options.latent is None and options.generator is None:
         return tuple(w.tolist() for w in plan_path(draw, scale, perceptual=perceptual)(steps, extrapolate=options.extrapolate))
     raw = calibrate(lambda w: draw(w, w), scale, perceptual=perceptual)(steps, extrapolate=options.extrapolate).tolist()
-    return tuple(_separate(text, len(steps), raw, options.extrapolate) for text in (options.code, options.generator))
+    return tuple(_separate(text, len(steps), raw, options.extrapolate) for text in (options.latent, options.generator))
 
 
 def blend(
@@ -222,6 +222,6 @@ def blend(
     "Blend two cars, or generate a recipe's frames again, and write strip, frames, animations and recipe."
     generators = [best_generator(path, "cpu") for path in (options.common, options.futuristic)]
     blend_recipe = make_blend(options, generators) if options.recipe is None else load_recipe(options.recipe)
-    frames = blend_recipe.draw(*generators)
+    frames = blend_recipe.generate(*generators)
     save_blend(blend_recipe, frames, options.out)
     print(f"{len(frames)} frames, strip.png, blend.gif, blend.webp and recipe.json are in {options.out}")
