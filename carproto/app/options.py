@@ -14,6 +14,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from tyro.constructors import PrimitiveConstructorSpec
 
 from carproto.config import (
+    PHOTO_INVERSION,
     BlendMode,
     CarprotoError,
     DemoPlan,
@@ -171,10 +172,10 @@ class Encode:
     encoder: PathText | None = None  # trained encoder: its folder or a release such as real64; None trains one
     kind: str = "common"  # generator that inverts the photos: common or futuristic
     n: int = 16  # maximum number of photos to invert
-    fit: Fit = "squash"  # how a photo becomes square
+    fit: Fit | None = None  # how a photo becomes square; None takes what the weights say
     max_minutes: float | None = None  # stop after so many minutes, to be resumed; None means no limit
     config: OmitArgPrefixes[EncoderConfig] = EncoderConfig()
-    refine: InvertConfig = InvertConfig()
+    refine: InvertConfig = PHOTO_INVERSION
 
     def __post_init__(self):
         check_numbers({"max_minutes": self.max_minutes}, above=True)
@@ -206,9 +207,9 @@ class Blend:
     calibrate_by: PathText | None = None  # even steps of futurism by toys, or a probe's folder; None: uncalibrated
     backbone: PathText | None = None  # MobileNetV2 file of the probe's features; None where it needs none
     recipe: PathText | None = None  # recipe.json whose frames are generated again; None blends car_a and car_b
-    fit: Fit = "squash"  # how a photo becomes square
+    fit: Fit | None = None  # how a photo becomes square; None takes what the weights say
     extrapolate: bool = False  # allow intensities outside 0 to 1
-    refine: InvertConfig = InvertConfig(steps=200, norm_slack=0.05)
+    refine: InvertConfig = PHOTO_INVERSION
 
     def __post_init__(self):
         if self.recipe is None and (self.car_a is None or self.car_b is None):
