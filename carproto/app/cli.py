@@ -86,7 +86,7 @@ def run(
 
 
 def _print_note(message: Warning | str, *_) -> None:
-    "Print a warning in one line, without the line of code that raised it."
+    "Print a warning in one line, without its file and line number."
     print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
 
 # %% ../../nbs/8_app/10_cli.ipynb #6f96f624

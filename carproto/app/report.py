@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 from PIL import Image
 
 from ..config import CarprotoError
@@ -30,7 +29,7 @@ class Figure:
     "An image with alt text and caption."
 
     picture: object  # a Pillow image, a matplotlib figure, images for `image_grid`, or the path of an image file
-    alt: str  # content of the image in one sentence, for screen readers
+    alt: str  # content of the image in one sentence, for people who cannot see it
     caption: str = ""  # text below the image
 
     def __post_init__(self):
@@ -342,7 +341,7 @@ aria-label="Intensity, from {{ item.first }} to {{ item.last }}">
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{{ policy }}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><title>{{ title }}</title>
-<style>{{ style }}</style></head>
+<style>{{ style|safe }}</style></head>
 <body><header><h1>{{ title }}</h1>{% if lead %}<p class="lead">{{ lead }}</p>{% endif %}
 {% if sections|length > 1 %}<nav aria-label="Contents">
 {% for section in sections %}<a href="#s{{ loop.index0 }}">{{ section.heading }}</a>{% endfor %}</nav>{% endif %}</header>
@@ -355,7 +354,7 @@ aria-label="Intensity, from {{ item.first }} to {{ item.last }}">
 {%- else %}{{ slider(item, 'slider-%d-%d' % (number, loop.index0)) }}{% endif %}
 {% endfor %}</div></section>{% endfor %}</main>
 <footer>Made with carproto. This page needs no network.</footer>
-<script>{{ script }}</script></body></html>
+<script>{{ script|safe }}</script></body></html>
 """
 
 # %% ../../nbs/8_app/01_report.ipynb #fc47cff6
@@ -405,8 +404,8 @@ def report_html(
         title=title,
         lead=lead,
         policy=policy,
-        style=Markup(style),
-        script=Markup(_SCRIPT),
+        style=style,
+        script=_SCRIPT,
         sections=[_describe_section(section, quality, side) for section in sections],
     )
 
