@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import release  # noqa: E402
 
 from carproto.app import commands, latent_commands
-from carproto.app.options import Compact, Encode, Evaluate, Finetune, Train
+from carproto.app.options import Encode, Evaluate, Finetune, Subspace, Train
 from carproto.config import CarprotoError, EncoderConfig, FinetuneConfig, TrainConfig
 from carproto.files import load_json
 from carproto.run import RunFolder
@@ -101,7 +101,7 @@ class Stages:
     def shorten(self, stage: str, source: str, z_dim: int, like: str | None = None) -> None:
         """Shorten a run's code, unless that was done."""
         if not RunFolder(self.folder / stage).exists:
-            commands.compact(Compact(self.path(source), self.path(stage), z_dim, like and self.path(like)))
+            commands.subspace(Subspace(self.path(source), self.path(stage), z_dim, like and self.path(like)))
 
     def encode(self, stage: str, common: str, futuristic: str, steps: int) -> None:
         """Train the encoder of the pair."""

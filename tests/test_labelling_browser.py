@@ -1,4 +1,4 @@
-"""The labelling panel in JupyterLab, moved by a real browser: buttons, keys, the way back, and what is on disk."""
+"""The labelling panel in JupyterLab, in a real browser: buttons, keys, undo, and the saved labels."""
 import sys
 from pathlib import Path
 
@@ -25,7 +25,7 @@ panel
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """A folder of toy cars, and one file that is no picture; the truth is in their names."""
+    """A folder of toy cars, and one file that is no image; the views stand in the names."""
     folder = tmp_path_factory.mktemp("labelling") / "cars"
     folder.mkdir()
     cars, views = render_views(N, 64, seed=2)
@@ -45,9 +45,9 @@ def page(browser, photos, tmp_path_factory):  # noqa: F811
         yield page
 
 
-def shown(page) -> str:
-    """Read which photo is on show."""
-    return page.locator(".carproto-told").inner_text().split("\u00b7")[1].split("guess")[0].strip()
+def visible(page) -> str:
+    """Read the name of the visible photo."""
+    return page.locator(".carproto-text").inner_text().split("\u00b7")[1].split("guess")[0].strip()
 
 
 def truth_of(name: str) -> str:
@@ -58,30 +58,30 @@ def truth_of(name: str) -> str:
 def wait_for_count(page, count: int) -> None:
     """Wait until so many photos are labelled."""
     page.wait_for_function(
-        "words => document.querySelector('.carproto-told').innerText.startsWith(words)",
+        "words => document.querySelector('.carproto-text').innerText.startsWith(words)",
         arg=f"All {count} photos" if count == N else f"{count} of {N} ",
     )
 
 
-def seen(page) -> bytes:
-    """Fetch the bytes of the picture that the browser shows."""
+def image_bytes(page) -> bytes:
+    """Fetch the bytes of the image that the browser shows."""
     fetch = "async () => [...new Uint8Array(await (await fetch(document.querySelector('img.carproto-picture').src)).arrayBuffer())]"
     return bytes(page.evaluate(fetch))
 
 
 def test_buttons_label(page, photos):
     for count in (1, 2, 3):
-        name, before = shown(page), seen(page)
+        name, before = visible(page), image_bytes(page)
         page.locator(f".carproto-label-{truth_of(name)}").click()
         wait_for_count(page, count)
         assert read_labels(photos)[name] == truth_of(name), "a label must be on disk when the next photo is shown"
-        assert shown(page) != name and seen(page) != before
+        assert visible(page) != name and image_bytes(page) != before
 
 
 def test_keys_label(page, photos):
     page.locator(".carproto-key input").click()
     for count in range(4, 13):
-        name = shown(page)
+        name = visible(page)
         page.keyboard.press(KEY_OF[truth_of(name)])
         wait_for_count(page, count)
         assert read_labels(photos)[name] == truth_of(name)
@@ -90,32 +90,32 @@ def test_keys_label(page, photos):
 
 
 def test_the_panel_has_learned(page):
-    """From the twelfth label on it guesses, and marks its guess."""
-    guess = page.locator(".carproto-told").inner_text().split("guess: ")[1].split(" (")[0]
+    """From the twelfth label on it predicts the view, and highlights its button."""
+    guess = page.locator(".carproto-text").inner_text().split("guess: ")[1].split(" (")[0]
     marked = page.locator(".carproto-labels button.mod-info")
     assert marked.count() == 1 and marked.inner_text().split()[-1] == guess
 
 
 def test_undo_by_button_and_key(page, photos):
-    last = shown(page)
+    last = visible(page)
     page.locator(".carproto-label-other").click()
     wait_for_count(page, 13)
     assert read_labels(photos)[last] == "other"
     page.locator(".carproto-undo").click()
     wait_for_count(page, 12)
-    assert shown(page) == last and last not in read_labels(photos)
+    assert visible(page) == last and last not in read_labels(photos)
     page.locator(".carproto-key input").click()
     page.keyboard.press("5")
     wait_for_count(page, 13)
     page.keyboard.press("0")
     wait_for_count(page, 12)
-    assert shown(page) == last and last not in read_labels(photos)
+    assert visible(page) == last and last not in read_labels(photos)
     rows, broken = read_json_lines(labels_path(photos))
     assert not broken and [row["view"] for row in rows if row["file_name"] == last] == ["other", None, "other", None]
 
 
-def test_fast_hands_label_once_each(page, photos):
-    """Keys that come faster than the kernel answers are each taken once, in their order."""
+def test_fast_typing_labels_once_each(page, photos):
+    """Keys that come faster than the kernel answers are each handled once, in order."""
     before = len(read_json_lines(labels_path(photos))[0])
     page.locator(".carproto-key input").click()
     page.keyboard.type("474", delay=25)
@@ -134,21 +134,21 @@ def test_screens_at_both_widths(page, theme):
     for width in (900, 1400):
         show_in(page, ".carproto-labels", width, theme)
         page.screenshot(path=SHOTS / f"labelling_{width}_{theme.lower()}.png")
-        check_layout(page, ".carproto-labels", "img, button, input, .carproto-told, .carproto-message, .carproto-bar")
+        check_layout(page, ".carproto-labels", "img, button, input, .carproto-text, .carproto-message, .carproto-bar")
 
 
 def test_a_new_panel_goes_on_and_ends(page, photos):
-    """Run anew, the panel knows the labels; after the last photo it says so, and stays usable."""
+    """Run again, the panel loads the labels; after the last photo it says so, and stays usable."""
     labels = read_labels(photos)
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_selector(".carproto-labels img.carproto-picture")
     wait_for_count(page, 12)
     page.locator(".carproto-undo").click()
     page.wait_for_selector(".carproto-message [role=alert]")
-    assert "no label of this sitting" in page.locator(".carproto-message").inner_text() and read_labels(photos) == labels
+    assert "no label of this session" in page.locator(".carproto-message").inner_text() and read_labels(photos) == labels
     page.locator(".carproto-key input").click()
     for count in range(13, N + 1):
-        page.keyboard.press(KEY_OF[truth_of(shown(page))])
+        page.keyboard.press(KEY_OF[truth_of(visible(page))])
         wait_for_count(page, count)
     page.keyboard.press("1")
     page.wait_for_selector(".carproto-message [role=alert]")

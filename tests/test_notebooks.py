@@ -1,4 +1,4 @@
-"""What a reader finds in the notebooks, without running them: `nbdev_test` does that."""
+"""The form of the notebooks: title, outputs, imports, order. `nbdev_test` runs them."""
 import ast
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+ROOMS = [path for path in PATHS if path.parent.name[0].isdigit()]  # the notebooks that write modules
 COLAB = "https://colab.research.google.com"
 SETUP = """#| eval: false
 import sys
@@ -34,8 +35,8 @@ def path(request) -> Path:
 
 def find_module(notebook) -> str | None:
     """Find the module that a notebook writes."""
-    results = re.search(r"^#\| default_exp (\S+)", "\n".join(cell.source for cell in notebook.cells), re.MULTILINE)
-    return results and results[1]
+    match = re.search(r"^#\| default_exp (\S+)", "\n".join(cell.source for cell in notebook.cells), re.MULTILINE)
+    return match and match[1]
 
 
 def test_notebook_is_stored_with_its_outputs(path):
@@ -56,9 +57,27 @@ def test_notebook_has_the_house_shape(path):
     assert set(notebook.metadata) == {"kernelspec"}
 
 
-def test_notebook_imports_only_lower_numbers(path):
+@pytest.fixture(scope="module")
+def names() -> dict[str, str]:
+    """Map each module to its notebook."""
+    return {find_module(nbformat.read(path, as_version=4)): name_of(path) for path in ROOMS}
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in PATHS if path.name[0].isdigit()}), ids=lambda folder: folder.name)
+def test_numbers_of_a_folder_are_unique(folder):
+    numbers = [path.name.split("_")[0] for path in folder.glob("*.ipynb")]
+    assert len(numbers) == len(set(numbers)), sorted(numbers)
+
+
+def test_modules_are_named_by_room_and_notebook(names):
+    """`8_app/10_cli.ipynb` writes `carproto.app.cli`; the modules of `0_base` stand in `carproto` itself."""
+    for module, name in names.items():
+        room, stem = Path(name).parent.name.split("_", 1)[1], Path(name).stem.split("_", 1)[1]
+        assert module == (stem if room == "base" else f"{room}.{stem}"), name
+
+
+def test_notebook_imports_only_lower_numbers(path, names):
     """The rooms are numbered, and so are the notebooks in a room."""
-    places = {find_module(nbformat.read(other, as_version=4)): name_of(other) for other in PATHS if other.parent.name[0].isdigit()}
     notebook = nbformat.read(path, as_version=4)
     module = find_module(notebook)
     if module is None:
@@ -69,8 +88,10 @@ def test_notebook_imports_only_lower_numbers(path):
             for node in ast.walk(ast.parse(cell.source)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("carproto."):
                     imported = node.module.removeprefix("carproto.")
-                    assert imported in places, f"carproto.{imported} has no notebook"
-                    higher |= {imported} if places[imported] >= places[module] else set()
+                    is_room = any(name.startswith(f"{imported}.") for name in names)
+                    for name in [f"{imported}.{alias.name}" for alias in node.names] if is_room else [imported]:
+                        assert name in names, f"carproto.{name} has no notebook"
+                        higher |= {name} if names[name] >= names[module] else set()
     assert not higher, f"imports from later notebooks: {higher}"
 
 

@@ -169,7 +169,7 @@ def test_a_killed_demo_ends_as_one_that_was_not(tmp_path, workers):
         status = workers.run("demo", tmp_path / "killed", lambda part=(kill + 1) / 20: time.sleep(seconds * part))
         assert status == -signal.SIGKILL or status == 0
     assert workers.run("demo", tmp_path / "killed") == 0
-    for name in ("common/final", "compact/final", "futuristic/final"):
+    for name in ("common/final", "subspace/final", "futuristic/final"):
         killed, whole = (load_file(tmp_path / folder / name / "model.safetensors") for folder in ("killed", "whole"))
         assert all(torch.equal(killed[key], value) for key, value in whole.items()), name
     killed, whole = (load_json(tmp_path / folder / "numbers.json") for folder in ("killed", "whole"))
