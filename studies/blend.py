@@ -1,4 +1,4 @@
-"""Measure the ways from a held-out common car to a held-out futuristic one: futurism, identity, smoothness and norms along each way.
+"""Measure the paths from a held-out common car to a held-out futuristic one: futurism, similarity, smoothness and norms along each path.
 
     python studies/blend.py toys   --common runs/common --futuristic runs/futuristic --encoder runs/encoder
     python studies/blend.py photos --common runs/common --futuristic runs/futuristic --encoder runs/encoder \\
@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from _record import save_record
 from tqdm import tqdm
 
 from carproto.blend.calibrate import calibrate
@@ -23,16 +24,14 @@ from carproto.data.dataset import open_cars
 from carproto.eval.features import extract_features, feature_extractor
 from carproto.eval.futurism import FuturismProbe, fit_futurism_probe, futurism_scale
 from carproto.eval.perceptual import PerceptualDistance, discriminator_features
-from carproto.files import save_json
 from carproto.gan.train import best_generator, load_discriminator
 from carproto.images import to_tensor
 from carproto.latent.encoder import load_encoder
 from carproto.latent.invert import invert
-from carproto.run import describe_environment
 from carproto.toycars.regressor import factor_regressor
 
 POSITIONS = torch.linspace(0, 1, 11)
-PATHS = {  # how code and generator move, and the path between the codes
+PATHS = {  # how latent and generator move, and the path between the latents
     "mean of the latents, futuristic generator (the 2022 baseline)": ({"generator": [1.0] * 11}, "lerp"),
     "lerp": ({}, "lerp"),
     "slerp": ({}, "slerp"),
@@ -43,7 +42,7 @@ PATHS = {  # how code and generator move, and the path between the codes
 
 
 def fit_probe(folder: Path, arguments: argparse.Namespace, size: int) -> None:
-    """Fit a futurism probe on training photos and grade it on held-out ones."""
+    """Fit a futurism probe on training photos and evaluate it on held-out ones."""
     extractor = feature_extractor(arguments.backbone, size=arguments.extractor_size)
     sets = [open_cars(path, size, split=None).images for path in (arguments.train, arguments.train_concepts, arguments.heldout, arguments.concepts)]
     few = sets[0][torch.randperm(len(sets[0]), generator=seeded(0))[:3000]]
@@ -59,10 +58,11 @@ def fit_probe(folder: Path, arguments: argparse.Namespace, size: int) -> None:
     probe.save(folder)
 
 
-def read_cars(images: torch.Tensor, n: int, G, E, metric: PerceptualDistance, use_channel_gains: bool = False) -> list[tuple]:
-    """Return code and gains of held-out cars, codes kept on the shell where they lie; a small set is gone through more than once."""
+def invert_cars(images: torch.Tensor, n: int, G, E, metric: PerceptualDistance, use_channel_gains: bool = False) -> list[tuple]:
+    """Invert held-out cars to latents near the prior's norm and channel gains; a small set is used more than once."""
     order = torch.cat([torch.randperm(len(images), generator=seeded(i)) for i in range(-(-n // len(images)))])[:n]
-    results = invert(to_tensor(images[order]), G, E, perceptual=metric, config=InvertConfig(steps=60, norm_slack=0.049, use_channel_gains=use_channel_gains))
+    config = InvertConfig(steps=60, norm_slack=0.049, use_channel_gains=use_channel_gains)
+    results = invert(to_tensor(images[order]), G, E, perceptual=metric, config=config)
     return list(zip(results.z, results.channel_gains if use_channel_gains else [None] * n))
 
 
@@ -97,7 +97,7 @@ def main() -> None:
         scale = futurism_scale(arguments.probe, arguments.backbone)
         extractor = feature_extractor(arguments.backbone, size=arguments.extractor_size)
     sides = (heldout, common), (concepts, futuristic)
-    plain, closer = ([read_cars(images, arguments.n, G, E, metric, use_channel_gains) for images, G in sides] for use_channel_gains in (False, True))
+    plain, closer = ([invert_cars(images, arguments.n, G, E, metric, use_channel_gains) for images, G in sides] for use_channel_gains in (False, True))
     z_a, z_b = ([latent for latent, _ in cars] for cars in plain)
     with torch.no_grad():
         apart = sample_latents(128, common.z_dim, seed=5)
@@ -109,15 +109,20 @@ def main() -> None:
     def measure(name: str, options: dict, mode: str, planned: str = "", cars: list = plain) -> dict:
         paths, shares = [], []
         for (a, channel_gains_a), (b, channel_gains_b) in zip(tqdm(cars[0], desc=name, unit="pair"), cars[1]):
-            w, own_part = POSITIONS, {**options, "channel_gains": (channel_gains_a, channel_gains_b)}
+            w, moves = POSITIONS, {**options, "channel_gains": (channel_gains_a, channel_gains_b)}
             if planned == "calibrated":
                 calibration = calibrate(lambda raw: make_frames(a, b, raw, {}, mode), scale, n=25, perceptual=metric)  # noqa: B023 - called at once
                 w, _ = calibration(POSITIONS), shares.append(calibration.share)
             elif planned == "planned":
-                both = plan_path(lambda c, g: make_frames(a, b, c, {**own_part, "latent": c, "generator": g}, mode), scale, perceptual=metric)(POSITIONS)  # noqa: B023
-                w, own_part = both[0], {**own_part, **dict(zip(("latent", "generator"), both))}
+                plan = plan_path(
+                    lambda c, g: make_frames(a, b, c, {**moves, "latent": c, "generator": g}, mode),  # noqa: B023 - called at once
+                    scale,
+                    perceptual=metric,
+                )
+                w, generator = plan(POSITIONS)
+                moves = {**moves, "latent": w, "generator": generator}
             moving = torch.zeros(len(w)) if options.get("latent") is False else w
-            paths.append((make_frames(a, b, w, own_part, mode), blend_latents(a, b, moving, mode)))
+            paths.append((make_frames(a, b, w, moves, mode), blend_latents(a, b, moving, mode)))
         results = measure_paths(paths, futurism=scale, perceptual=metric, reference=reference)
         return {**results, "median_share": torch.tensor(shares).median().item()} if shares else results
 
@@ -137,8 +142,6 @@ def main() -> None:
     before, after = (scale(images) for images in drawn)
     pooled = ((before.var() + after.var()) / 2).sqrt()
     record = {
-        "command": f"python studies/blend.py {arguments.name} --n {arguments.n}",
-        "machine": describe_environment(),
         "seed": 0,
         "n_pairs": arguments.n,
         "n_heldout": [len(heldout), len(concepts)],
@@ -157,7 +160,7 @@ def main() -> None:
         record["factors"] = factor_drift(common, futuristic, regressor)
     else:
         record["probe"] = FuturismProbe.load(arguments.probe).report
-    save_json(record, arguments.out / f"blend_{arguments.name}.json")
+    save_record(record, arguments.out / f"blend_{arguments.name}.json")
     for name, results in by_path.items():
         shares = " ".join(f"{key} {results[key]:.0%}" for key in ("share_spearman_0.95", "share_steps_3x", "share_norms_5pct"))
         print(f"{name:70} {shares}")

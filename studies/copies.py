@@ -1,24 +1,22 @@
-"""Measure how released generators lean to the cars that they learned from; the record holds distances and codes, no photo.
+"""Measure copies of training cars by released generators; the record holds distances and latents, no photo.
 
     python studies/copies.py toys
     python studies/copies.py photos --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip
 
-For each generator: the share of drawn cars that count as copies, the ratio that decides it, how drawn and real cars lean, and the codes of
-the drawn cars that lean most. As a check of the measure itself, training cars that were blurred, moved or tinted are put in place of drawn ones.
+For each generator: the copy rate, its limit, the distance ratios of generated and real cars, and the latents of the lowest ratios. As a check of
+the measure, altered training cars (blurred, translated, brightened, mixed) take the place of generated ones.
 """
 import argparse
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from freezed import describe_command
+from _record import save_record
 
 from carproto.data.dataset import open_cars
-from carproto.eval.metrics import copy_rate, generate_images, nn_distance_ratio, reference_distance_ratio, thumbnails
-from carproto.files import save_json
+from carproto.eval.metrics import copy_descriptors, copy_rate, generate_images, nn_distance_ratio, reference_distance_ratio
 from carproto.gan.sngan import load_generator
 from carproto.images import to_tensor
-from carproto.run import describe_environment
 
 RELEASES = {"toys": "toy64", "photos": "real64"}
 SPOILT = {
@@ -38,18 +36,23 @@ def quantiles(values: torch.Tensor) -> list[float]:
 def measure(name: str, train: torch.Tensor, heldout: torch.Tensor, n: int, seed: int, others: torch.Tensor | None = None) -> dict:
     """Measure one generator; and `others`, photos of another source that are nobody's copies."""
     G = load_generator(name, "cpu")
-    small_train, small_heldout, drawn = thumbnails(train), thumbnails(heldout), thumbnails(generate_images(G, n, seed=seed))
-    error_p99, distance_ratio = reference_distance_ratio(small_train, small_heldout), nn_distance_ratio(drawn, small_train, small_heldout)
-    nearest, limit = torch.cdist(drawn, small_train).min(1).values, torch.quantile(error_p99, 0.01)
-    worst = [{"latent": i, "distance_ratio": distance_ratio[i].item(), "distance": nearest[i].item()} for i in distance_ratio.argsort()[:N_WORST].tolist()]
+    small_train, small_heldout = copy_descriptors(train), copy_descriptors(heldout)
+    generated = copy_descriptors(generate_images(G, n, seed=seed))
+    reference = reference_distance_ratio(small_train, small_heldout)
+    distance_ratio = nn_distance_ratio(generated, small_train, small_heldout)
+    nearest, limit = torch.cdist(generated, small_train).min(1).values, torch.quantile(reference, 0.01)
+    worst = [
+        {"latent": i, "distance_ratio": distance_ratio[i].item(), "distance": nearest[i].item()}
+        for i in distance_ratio.argsort()[:N_WORST].tolist()
+    ]
     some = to_tensor(train[torch.linspace(0, len(train) - 1, min(len(train), 1000)).long()])
-    results = {how: copy_rate(thumbnails(spoil(some).clamp(-1, 1)), small_train, small_heldout) for how, spoil in SPOILT.items()}
+    results = {how: copy_rate(copy_descriptors(spoil(some).clamp(-1, 1)), small_train, small_heldout) for how, spoil in SPOILT.items()}
     return {
-        "fingerprint": G.fingerprint(), "n_train": len(train), "n_heldout": len(heldout), "n_generated": n, "n_reference": len(error_p99),
-        "copy_rate": copy_rate(drawn, small_train, small_heldout), "limit": limit.item(), "real": quantiles(error_p99), "generated": quantiles(distance_ratio),
-        "worst": worst, "distance_generated": quantiles(nearest),
+        "fingerprint": G.fingerprint(), "n_train": len(train), "n_heldout": len(heldout), "n_generated": n, "n_reference": len(reference),
+        "copy_rate": copy_rate(generated, small_train, small_heldout), "limit": limit.item(), "real": quantiles(reference),
+        "generated": quantiles(distance_ratio), "worst": worst, "distance_generated": quantiles(nearest),
         "distance_heldout": quantiles(torch.cdist(small_heldout, small_train).min(1).values), "altered_copies_found": results,
-        "others_called_copies": None if others is None else copy_rate(thumbnails(others), small_train, small_heldout),
+        "others_called_copies": None if others is None else copy_rate(copy_descriptors(others), small_train, small_heldout),
     }  # fmt: skip
 
 
@@ -59,8 +62,8 @@ def main() -> None:
     parser.add_argument("name", choices=tuple(RELEASES))
     for option in ("data", "heldout", "concepts", "concepts_heldout"):
         parser.add_argument(f"--{option}", help="for photos: zip or folder")
-    parser.add_argument("--n", type=int, default=4000, help="cars to draw")
-    parser.add_argument("--seed", type=int, default=0, help="of their codes")
+    parser.add_argument("--n", type=int, default=4000, help="generated cars")
+    parser.add_argument("--seed", type=int, default=0, help="of their latents")
     parser.add_argument("--out", type=Path, default=Path("data/records"))
     text = parser.parse_args()
     if text.name == "toys":
@@ -73,8 +76,7 @@ def main() -> None:
         sets = {part: [open_cars(path, 64, split=None).images for path in both] for part, both in paths.items()}
     others = {"futuristic": sets["common"][1]}
     results = {part: measure(f"{RELEASES[text.name]}/{part}", *both, text.n, text.seed, others.get(part)) for part, both in sets.items()}
-    record = {"command": describe_command(), "seed": text.seed, "machine": describe_environment(), **results}
-    path = save_json(record, text.out / f"copies_{text.name}.json")
+    path = save_record({"seed": text.seed, **results}, text.out / f"copies_{text.name}.json")
     for part, numbers in results.items():
         altered = ", ".join(f"{how} {share:.0%}" for how, share in numbers["altered_copies_found"].items())
         print(f"{part}: copy rate {numbers['copy_rate']:.2%} of {text.n}, limit {numbers['limit']:.2f}; copies found: {altered}")

@@ -14,14 +14,12 @@ from multiprocessing import Pool
 from pathlib import Path
 
 import torch
-from freezed import describe_command
+from _record import save_record
 from PIL import Image
 
 from carproto.data.curate import count_reasons, curate
 from carproto.data.views import load_view_classifier
-from carproto.files import save_json
 from carproto.images import open_picture
-from carproto.run import describe_environment
 
 LARGE = 640, 480  # pixels of a photo of a crawl
 
@@ -64,14 +62,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/records/curate.json"))
     arguments = parser.parse_args()
     classify = load_view_classifier(arguments.classifier, arguments.backbone)
-    record = {"command": describe_command(), "n_threads": torch.get_num_threads(), "runs": []}
+    record = {"n_threads": torch.get_num_threads(), "runs": []}
     for size, large in (("128x128, as they are", False), (f"{LARGE[0]}x{LARGE[1]}, enlarged", True)):
         for classify_view in (None, classify):
             n = arguments.n // (1 if not large and classify_view is None else 4)
             results = time_curate(arguments.photos, n, classify_view, large)
             record["runs"].append({"photos": size, "with_classifier": classify_view is not None, **results})
-    record["machine"] = describe_environment()
-    save_json(record, arguments.out)
+    save_record(record, arguments.out)
     for run in record["runs"]:
         print(run)
 

@@ -1,19 +1,18 @@
 """Measure what averaging the generator's weights is worth at the end of a run: held-out KID and more, with the average and without.
 
-    python studies/ema.py --run runs/common --heldout HELDOUT.zip --backbone MOBILENET.safetensors      # writes data/records/average.json
+    python studies/ema.py --run runs/common --heldout HELDOUT.zip --backbone MOBILENET.safetensors      # writes data/records/ema.json
 """
 import argparse
 from pathlib import Path
 
-from freezed import describe_command
+from _record import save_record
 
 from carproto.config import CarprotoError
 from carproto.data.dataset import CarImages
 from carproto.eval.features import feature_extractor
 from carproto.eval.metrics import Evaluator
-from carproto.files import save_json
 from carproto.gan.sngan import Generator, measure_statistics
-from carproto.run import describe_environment, load_checkpoint
+from carproto.run import load_checkpoint
 
 PARTS = {"ema": "G_ema", "raw": "G"}
 
@@ -32,13 +31,13 @@ def main() -> None:
         raise CarprotoError(f"{text.run} holds no trained run: give a folder with checkpoints in it")
     config = state["config"]
     evaluator = Evaluator(CarImages(text.heldout, config["size"]).images, feature_extractor(text.backbone, size=96), n_fake=text.n_fake)
-    record = {"command": describe_command(), "config": config, "step": state["step"], "machine": describe_environment()}
+    record = {"config": config, "step": state["step"]}
     for name, part in PARTS.items():
         G = Generator(config["size"], config["z_dim"], config["width"])
         G.load_state_dict(state[part])
         record[name] = evaluator.evaluate(measure_statistics(G))
         print(f"{name}: KID {record[name]['kid']:.3f}, coverage {record[name]['coverage']:.1%}")
-    save_json(record, text.out / "ema.json")
+    save_record(record, text.out / "ema.json")
 
 
 if __name__ == "__main__":

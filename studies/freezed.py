@@ -10,14 +10,12 @@ is stopped is whole for the seeds that it has. data/records/freezed_NAME.jsonl g
 import argparse
 import copy
 import itertools
-import json
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from _record import Study, describe_command, run_or_report  # noqa: F401 - other studies take it from here
 from tqdm import tqdm
 
 from carproto.config import CarprotoError, TrainConfig
@@ -25,59 +23,16 @@ from carproto.core import pick_device
 from carproto.data.dataset import CarImages, open_cars
 from carproto.eval.features import feature_extractor
 from carproto.eval.metrics import Evaluator, generate_images
-from carproto.files import atomic_path, load_json, save_json
 from carproto.gan.finetune import child_config
 from carproto.gan.sngan import Generator, measure_statistics
 from carproto.gan.trainer import Trainer
-from carproto.run import RunFolder, describe_environment, load_checkpoint
+from carproto.run import RunFolder, load_checkpoint
 from carproto.toycars.regressor import FactorRegressor, factor_regressor
 
 CHILD = {"d_steps": 1, "lr_g": 5e-4, "lr_d": 1e-3, "ema_images": 1000}
 POLICY, LECAM_WEIGHT = "color,translation,cutout", 0.3
 N_STATISTICS = 8  # batches for BatchNorm's statistics: a run takes 32, which shifts the KID by less than the draw of the codes and costs more
 MEASURED = ("kid", "kid_sd", "kid_train", "frechet", "precision", "recall", "coverage", "copy_rate")
-
-
-def describe_command() -> str:
-    """Return the command that was given, with the names of files in place of their paths."""
-    return " ".join(["python", f"studies/{Path(sys.argv[0]).name}", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
-
-
-class Study:
-    """The record of a study: NAME.json holds what all cells share, NAME.jsonl a line for each cell that is done."""
-
-    def __init__(self, path: Path, config: dict):
-        self.path, self.about_path, self.config = path, path.with_suffix(".json"), config
-        self.rows = RunFolder(path.parent).stats(path.name)
-        self.commit = describe_environment()["commit"]
-        if self.is_begun:
-            known = load_json(self.about_path)
-            other = [name for name, value in json.loads(json.dumps(config)).items() if known.get(name) != value]
-            if other:
-                raise CarprotoError(f"{self.about_path} was made with another {', '.join(other)}: take another --out, or remove that record")
-        selected = "".join(json.dumps(row) + "\n" for row in self.rows)
-        if path.exists() and path.read_text(encoding="utf-8") != selected:  # a killed session left half a line
-            with atomic_path(path) as temporary:
-                temporary.write_text(selected, encoding="utf-8")
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether the shared part is written."""
-        return self.about_path.exists()
-
-    def begin(self, **notes) -> None:
-        """Write the shared part."""
-        save_json({"command": describe_command(), **self.config, **notes, "machine": describe_environment()}, self.about_path)
-
-    def lacks(self, cell: dict) -> bool:
-        """Whether a cell is still to be done."""
-        return not any(cell.items() <= row.items() for row in self.rows)
-
-    def add(self, row: dict) -> None:
-        """Append a line."""
-        self.rows.append({**row, "commit": self.commit})
-        with open(self.path, "a", encoding="utf-8") as lines:
-            lines.write(json.dumps(self.rows[-1]) + "\n")
 
 
 class StudyEvaluator:
@@ -202,18 +157,6 @@ def run_study(arguments: argparse.Namespace) -> Study:
             bar.set_postfix(cell=f"{i + 1}/{len(cells)}", seed=cell["seed"], depth=cell["depth"])
             study.add({**cell, **do_cell(start(**cell), evaluator, bar)})
     return study
-
-
-def run_or_report(run: Callable[[argparse.Namespace], Study], arguments: argparse.Namespace, unit: str) -> None:
-    """Run a study; tell a mistake in one line."""
-    name = Path(sys.modules[run.__module__].__file__).stem
-    try:
-        study = run(arguments)
-    except CarprotoError as error:
-        sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped; the {unit} that were done are in the record, and the same command goes on")
-    print(f"{len(study.rows)} {unit} in {study.path}")
 
 
 def main(argv: list[str] | None = None) -> None:

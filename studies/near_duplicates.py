@@ -10,15 +10,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from freezed import describe_command
+from _record import save_record
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
 from carproto.data.dataset import PictureStore
 from carproto.data.duplicates import _trimmed_hashes, hash_pictures, make_thumbnails, near_duplicates
-from carproto.files import save_json
 from carproto.images import fit_square, open_picture
-from carproto.run import describe_environment
 from carproto.viz import image_grid, save_picture
 
 
@@ -134,7 +132,6 @@ def main() -> None:
     seconds = time.perf_counter() - start
     clusters = near_duplicates(*looks)
     record = {
-        "command": describe_command(),
         "photos": Path(arguments.photos).name,
         "n_photos": len(photos),
         "n_copied": arguments.n,
@@ -148,14 +145,13 @@ def main() -> None:
         },
         "photos_per_second": round(len(photos) / seconds),
         "cost": measure_cost(looks[1], (10_000, 30_000, 100_000), arguments.seed),
-        "machine": describe_environment(),
     }
     if arguments.sheets:
         pairs = [(cluster[0], i) for cluster in clusters for i in cluster[1:]]
         for start in range(0, len(pairs), 48):
             cells = [fit_square(photos[i], 128, "letterbox") for pair in pairs[start : start + 48] for i in pair]
             save_picture(image_grid(cells, 12, 0.62), arguments.sheets / f"pairs_{start:05d}.jpg")
-    save_json(record, arguments.out)
+    save_record(record, arguments.out)
     for name, value in record.items():
         print(f"{name}: {value}")
 

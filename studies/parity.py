@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from freezed import Study, run_or_report
+from _record import Study, run_or_report
 from tqdm import tqdm
 
 from carproto.config import CarprotoError, TrainConfig

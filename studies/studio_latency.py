@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import torch
+from _record import save_record
 
 from carproto.app.pipeline import CarPipeline
 from carproto.app.studio import IntensityStudio
 from carproto.core import sample_latents
-from carproto.files import save_json
 from carproto.gan.sngan import Generator, load_generator
-from carproto.run import describe_environment
 
 
 async def time_paths(studio: IntensityStudio, n: int) -> list[float]:
@@ -53,7 +52,7 @@ def main() -> None:
         "toy64, released": open_pipeline([load_generator(f"toy64/{part}", "cpu") for part in ("common", "futuristic")], 64),
         "128 px, width 64, untrained": open_pipeline([Generator(128, 128, 64, seed=i) for i in (0, 1)], 128),
     }
-    record = {"command": f"python studies/studio_latency.py --n {arguments.n}", "first_picture_ms": {name: {} for name in studios}}
+    record = {"first_picture_ms": {name: {} for name in studios}}
     for n_threads in (1, 2):
         torch.set_num_threads(n_threads)
         for name, studio in studios.items():
@@ -61,8 +60,7 @@ def main() -> None:
             taken = asyncio.run(time_paths(studio, arguments.n))
             results = {"median": round(statistics.median(taken), 1), "slowest": round(max(taken), 1)}
             record["first_picture_ms"][name][f"{n_threads} thread" + "s" * (n_threads > 1)] = results
-    record["machine"] = describe_environment()
-    save_json(record, arguments.out)
+    save_record(record, arguments.out)
     for name, value in record.items():
         print(f"{name}: {value}")
 

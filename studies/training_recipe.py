@@ -19,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from freezed import Study, describe_command, run_or_report
+from _record import Study, run_or_report, save_record
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -29,10 +29,8 @@ from carproto.core import pick_device
 from carproto.data.dataset import CarImages
 from carproto.eval.features import feature_extractor
 from carproto.eval.metrics import Evaluator
-from carproto.files import save_json
 from carproto.gan.sngan import Generator, measure_statistics
 from carproto.gan.trainer import Trainer
-from carproto.run import describe_environment
 
 ALL = "color,translation,cutout"
 OURS = {"lr_g": 5e-4, "lr_d": 1e-3, "d_steps": 2, "beta2": 0.99, "augment": "translation", "lecam_weight": 0.3, "ema_images": 10_000}
@@ -176,9 +174,9 @@ def time_recipes(arguments: argparse.Namespace, n_rounds: int = 8, n_steps: int 
         for name, trainer in trainers.items():
             seconds[name].append(sum(run_step(trainer) for _ in range(n_steps)) / n_steps)
     results = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
-    record = {"command": describe_command(), "config": asdict(config), "n_steps": n_steps, "seconds": results, "machine": describe_environment()}
     arguments.out.mkdir(parents=True, exist_ok=True)
-    save_json(record, arguments.out / f"{arguments.record or 'recipe_time'}.json")
+    record = {"config": asdict(config), "n_steps": n_steps, "seconds": results}
+    save_record(record, arguments.out / f"{arguments.record or 'recipe_time'}.json")
     print(", ".join(f"{name} {statistics.median(values):.3f} s" for name, values in results.items()))
 
 

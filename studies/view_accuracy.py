@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from freezed import describe_command
+from _record import save_record
 from PIL import Image
 from tqdm import tqdm
 
@@ -21,9 +21,7 @@ from carproto.data.backbone import ViewFeatureExtractor
 from carproto.data.dataset import PictureStore, read_metadata
 from carproto.data.duplicates import hash_pictures, make_thumbnails, near_duplicates
 from carproto.data.views import ViewClassifier, choose_confidence, cross_validate, evaluate_views, fit_view_head, save_view_classifier, view_features
-from carproto.files import save_json
 from carproto.images import fit_square, open_picture, to_tensor
-from carproto.run import describe_environment
 
 
 def read_labelled(path: str) -> tuple[list, list[str]]:
@@ -98,7 +96,6 @@ def main() -> None:
     copies = near_duplicates(hash_pictures(pictures), make_thumbnails(pictures))
     features, *unlabelled = read_features(arguments, pictures)
     record = {
-        "command": describe_command(),
         "n": len(views),
         "n_unlabelled": unlabelled[0].shape[1] if unlabelled else 0,
         "n_clusters_of_copies": len(copies),
@@ -107,8 +104,8 @@ def main() -> None:
     }
     if unlabelled:
         record["with_unlabelled"] = evaluate_seeds(features, views, unlabelled[0], copies, arguments.n_seeds)
-    record |= {"seconds": round(time.perf_counter() - start), "machine": describe_environment()}
-    save_json(record, arguments.out)
+    record["seconds"] = round(time.perf_counter() - start)
+    save_record(record, arguments.out)
     for name, value in record.items():
         print(f"{name}: {value}")
     if arguments.save:

@@ -1,5 +1,6 @@
 """The studies measure what they say, and go on where they were stopped."""
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -22,12 +23,30 @@ from carproto.toycars.shape import FUTURISTIC
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "studies"))
+import _record as study_record  # noqa: E402
 import freezed as study_freezed  # noqa: E402
 import parity as study_parity  # noqa: E402
 import train_release as train_pair  # noqa: E402
 import training_recipe as study_recipe  # noqa: E402
 
 TINY = ["--n_heldout", "16", "--n_train", "16"]
+
+
+def test_readme_names_every_study_and_record():
+    text = (ROOT / "studies/README.md").read_text(encoding="utf-8")
+    scripts = {path.name for path in (ROOT / "studies").glob("*.py")}
+    named = set(re.findall(r"\b\w+\.py\b", text))
+    assert scripts == named, f"not in studies/README.md, or not there: {sorted(scripts ^ named)}"
+    records = {path.name for path in (ROOT / "data/records").glob("*.json")}
+    named = set(re.findall(r"`(\w+\.json)`", text))
+    assert records == named, f"not in studies/README.md, or not there: {sorted(records ^ named)}"
+
+
+def test_record_names_command_and_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["studies/ema.py", "--run", "some/where/common"])
+    record = load_json(study_record.save_record({"kid": 1.5}, tmp_path / "ema.json"))
+    assert record["command"] == "python studies/ema.py --run common" and record["kid"] == 1.5
+    assert {"processor", "n_cores", "torch", "commit"} <= record["machine"].keys()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +102,7 @@ def test_freezed_goes_on_and_keeps_to_its_choices(parent, tmp_path, capsys):
 
 def test_command_in_the_record_names_no_place(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/there/studies/freezed.py", "toys", "--parent", "/there/runs/toys", "--steps", "5"])
-    assert study_freezed.describe_command() == "python studies/freezed.py toys --parent toys --steps 5"
+    assert study_record.describe_command() == "python studies/freezed.py toys --parent toys --steps 5"
 
 
 def test_parity_compares_what_it_says(tmp_path):
