@@ -11,10 +11,10 @@ INPUTS := setup.py settings.ini $(if $(VENV_WORKS),,new_venv)
 .PHONY: help demo test docs bench notebooks sync clean new_venv
 
 help:
-	@echo "make demo       draw cars, train, blend: runs/demo/report.html (10 minutes on two cores, offline)"
+	@echo "make demo       render toy cars, train, blend: runs/demo/report.html (10 minutes on two cores, offline)"
 	@echo "make test       run every check: ruff, notebooks, pytest (20 minutes at most)"
-	@echo "make notebooks  run the notebooks and store their outputs (all, or NB=nbs/0_base/00_core.ipynb)"
-	@echo "make sync       write anew what is generated from the notebooks: carproto/, README.md, the docs' sidebar"
+	@echo "make notebooks  run the notebooks and store their outputs (all, or NB=nbs/0_base/01_core.ipynb)"
+	@echo "make sync       write what is generated from the notebooks: carproto/, README.md, the docs' sidebar"
 	@echo "make docs       build the site in _docs/ (needs Quarto)"
 	@echo "make bench      time training against torch-mimicry and the plain form (8 minutes on two cores): runs/bench/bench.json"
 	@echo "make clean      remove .venv and caches; runs/ stays"

@@ -97,7 +97,9 @@ def main() -> None:
         scale = futurism_scale(arguments.probe, arguments.backbone)
         extractor = feature_extractor(arguments.backbone, size=arguments.extractor_size)
     sides = (heldout, common), (concepts, futuristic)
-    plain, closer = ([invert_cars(images, arguments.n, G, E, metric, use_channel_gains) for images, G in sides] for use_channel_gains in (False, True))
+    plain, closer = (
+        [invert_cars(images, arguments.n, G, E, metric, use_channel_gains) for images, G in sides] for use_channel_gains in (False, True)
+    )
     z_a, z_b = ([latent for latent, _ in cars] for cars in plain)
     with torch.no_grad():
         apart = sample_latents(128, common.z_dim, seed=5)

@@ -61,7 +61,7 @@ given = before
 """
 STUDIO = """
 import io
-from carproto.core import to_picture
+from carproto.images import to_picture
 from carproto.toycars.dataset import ToyCars
 
 def moves(change):
@@ -96,13 +96,14 @@ choose_file(studio.upload, "again.json", recipe.read_bytes())
 assert "is loaded" in studio.message.value, studio.message.value
 picture = io.BytesIO()
 to_picture(ToyCars(1, 64, seed=9).images[0]).save(picture, "png")
-n_cars = len(studio.pair.cars)
+n_cars = len(studio.pipeline.cars)
 choose_file(studio.photo, "mine.png", picture.getvalue())
 """
 LABELLING = """
 import tempfile
 from pathlib import Path
-from carproto.app.labelling import LabelPanel, read_labels
+from carproto.app.labelling import LabelPanel
+from carproto.data.labels import read_labels
 from carproto.data.views import render_views
 
 folder = Path(tempfile.mkdtemp())

@@ -1,8 +1,8 @@
-"""Make a release of a pair of runs and their encoder: half-precision weights in data/NAME, graded as they are stored, and the runs' records.
+"""Make a release of a pair of runs and their encoder: half-precision weights in data/NAME, evaluated as they are stored, and the runs' records.
 
     python tools/release.py toy64 --common runs/common --futuristic runs/futuristic --encoder runs/encoder
 
-The model card, data/NAME/README.md, is written by hand, and stays. The table of SHA-256 in nbs/02_weights.ipynb is written anew; run
+The model card, data/NAME/README.md, is written by hand, and stays. The table of SHA-256 in nbs/0_base/05_weights.ipynb is written anew; run
 `python tools/sync.py` afterwards, and tag the commit as that notebook's `REVISION`.
 """
 import argparse
@@ -21,12 +21,12 @@ from carproto.latent.train_encoder import evaluate_encoder
 from carproto.weights import IN_REPOSITORY, hash_file
 
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
-PLACES = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
+PATH_FIELDS = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
 LIMIT_MB = 20
 
 
 def release_generator(run: Path, folder: Path) -> None:
-    """Store the generator that a run is remembered for, and the discriminator, whose eye refinement needs."""
+    """Store the generator that a run is remembered for, and the discriminator, whose features refinement needs."""
     position = "best" if (run / "best").exists() else "final"
     text = load_json(run / position / "config.json")
     save_generator(best_generator(run, "cpu"), folder, half=True, about={k: text[k] for k in ("steps", "kid") if k in text})
@@ -34,7 +34,7 @@ def release_generator(run: Path, folder: Path) -> None:
 
 
 def release_encoder(run: Path, folder: Path, generators: list) -> None:
-    """Store the encoder, bound to the stored common generator, with the grades of its codes on the stored generators."""
+    """Store the encoder, bound to the stored common generator, with its evaluation on the stored generators."""
     text = load_json(run / "encoder" / "config.json")
     E = load_encoder(run / "encoder", device="cpu")
     E.generator = generators[0].fingerprint()
@@ -45,7 +45,7 @@ def release_encoder(run: Path, folder: Path, generators: list) -> None:
 
 
 def copy_record(run: Path, folder: Path) -> None:
-    """Copy what a figure or a table needs of a run; of the places where data lay, only the names."""
+    """Copy what a figure or a table needs of a run; of data paths, only the names."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in RECORD:
         if (run / name).exists():
@@ -53,7 +53,7 @@ def copy_record(run: Path, folder: Path) -> None:
     for name in ("data.json", "evaluation.json"):
         if (folder / name).exists():
             text = load_json(folder / name)
-            save_json({key: Path(value).name if key in PLACES and "/" in value else value for key, value in text.items()}, folder / name)
+            save_json({key: Path(value).name if key in PATH_FIELDS and "/" in value else value for key, value in text.items()}, folder / name)
 
 
 def replace_folder(made: Path, folder: Path) -> None:
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     folder, bound = arguments.data / arguments.name, load_json(arguments.encoder / "encoder" / "config.json")["generator"]
     if best_generator(arguments.common, "cpu").fingerprint() != bound:
-        raise CarprotoError(f"{arguments.encoder} reads generator {bound}, which is not the one of {arguments.common}")
+        raise CarprotoError(f"{arguments.encoder} was trained for generator {bound}, which is not the one of {arguments.common}")
     with folder_aside(folder.with_name(f"{folder.name}.new")) as aside:
         for part in ("common", "futuristic"):
             release_generator(getattr(arguments, part), aside / part)
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.copytree(folder / "probe", aside / "probe")
     replace_folder(folder.with_name(f"{folder.name}.new"), folder)
     if arguments.data.resolve() == IN_REPOSITORY:
-        write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "02_weights.ipynb")
+        write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "0_base" / "05_weights.ipynb")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     print(f"{folder}: {size:.1f} MB" + (f", more than {LIMIT_MB} MB" if size > LIMIT_MB else ""))
 

@@ -2,7 +2,7 @@
 
 Cells marked `eval: false`, `slow` or `cuda` keep the outputs that they have. Only cells that measure time change from run to run.
 
-    python tools/store_outputs.py nbs/0_base/00_core.ipynb ...      # these; none named means all
+    python tools/store_outputs.py nbs/0_base/01_core.ipynb ...      # these; none named means all
 """
 import argparse
 import re
