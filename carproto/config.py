@@ -26,7 +26,7 @@ def check_size(
     return size
 
 # %% ../nbs/0_base/00_config.ipynb #bf099db8
-MAX_SEED = 2**32 - 1
+MAX_SEED = 2**32 - 1  # largest seed, 32 bits
 
 
 def check_seed(
@@ -61,9 +61,9 @@ def _check(config: object, names: str, low: float = 0.0, below: float = math.inf
     check_numbers({name: getattr(config, name) for name in names.split()}, low, below, above=above)
 
 # %% ../nbs/0_base/00_config.ipynb #c15b7d9f
-Fit = Literal["squash", "crop", "letterbox"]
-BlendMode = Literal["norm", "slerp", "lerp"]
-Precision = Literal["auto", "bf16", "fp32"]
+Fit = Literal["squash", "crop", "letterbox"]  # how a photo becomes square
+BlendMode = Literal["norm", "slerp", "lerp"]  # path between two latents
+Precision = Literal["auto", "bf16", "fp32"]  # number format of the networks
 AUGMENTATIONS = ("color", "translation", "cutout")  # the parts of DiffAugment
 
 

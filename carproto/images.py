@@ -167,7 +167,7 @@ def _eight_bits(strip: Image.Image, top: float) -> Image.Image:
     return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
 
 # %% ../nbs/0_base/03_images.ipynb #d4baf956
-FITS = get_args(Fit)
+FITS = get_args(Fit)  # ways to make a photo square
 
 
 def fit_square(

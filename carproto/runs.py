@@ -117,7 +117,7 @@ _PANELS = {  # label of the axis: {name of the curve: name in stats.jsonl}
     "share (0 to 1)": {"covered": "coverage", "copied": "copy_rate"},
     "real images per second": {"speed": "images_per_second"},
 }
-AXES = {"step": "training step", "minutes": "training time in minutes", "hours": "training time in hours"}
+AXES = {"step": "training step", "minutes": "training time in minutes", "hours": "training time in hours"}  # axis labels of the statistics
 
 
 def _headline(record: RunRecord) -> str:

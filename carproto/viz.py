@@ -25,7 +25,7 @@ from .run import RunFolder
 
 # %% ../nbs/0_base/06_viz.ipynb #1665e8b7
 MAX_WIDTH = 960  # pixels; wider figures are shrunk to this
-INK, PAPER = (34, 40, 49), (255, 255, 255)
+INK, PAPER = (34, 40, 49), (255, 255, 255)  # text colour, then page colour
 # without Okabe and Ito's yellow, which is too pale on white
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 

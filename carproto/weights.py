@@ -312,7 +312,7 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
 REVISION = "v0.1.0"  # tag of the repository with these files
 SOURCE = f"https://raw.githubusercontent.com/carproto/carproto/{REVISION}/data"  # URL of its data/
 _IS_MODULE = "__file__" in globals()  # not so in a notebook
-IN_REPOSITORY = Path(__file__).resolve().parents[1] / "data" if _IS_MODULE else Path("../../data").resolve()
+IN_REPOSITORY = Path(__file__).resolve().parents[1] / "data" if _IS_MODULE else Path("../../data").resolve()  # data/ of a checkout
 
 # %% ../nbs/0_base/05_weights.ipynb #8643df11
 def find_weights(

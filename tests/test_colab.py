@@ -96,7 +96,7 @@ choose_file(studio.upload, "again.json", recipe.read_bytes())
 assert "is loaded" in studio.message.value, studio.message.value
 picture = io.BytesIO()
 to_picture(ToyCars(1, 64, seed=9).images[0]).save(picture, "png")
-n_cars = len(studio.pipeline.cars)
+n_cars = len(studio.cars)
 choose_file(studio.photo, "mine.png", picture.getvalue())
 """
 LABELLING = """

@@ -98,7 +98,9 @@ def find_dead_links(pages: dict[str, Page], folder: Path, repository: Path) -> l
             target, _, anchor = link.partition("#")
             if target.startswith(SITE):
                 results = by_output.get(target.removeprefix(SITE).strip("/") or "index.html")
-                if results is None or (anchor and anchor not in results.anchors | {to_anchor(heading) for heading in results.anchors}):
+                has_entry = not any(part.startswith("_") for part in anchor.split("."))  # only public names have one
+                anchors = set() if results is None else results.anchors | {to_anchor(heading) for heading in results.anchors}
+                if results is None or (anchor and has_entry and anchor not in anchors):
                     dead.append(f"{name}: {link}")
             elif target.startswith((REPOSITORY, COLAB)):
                 inside = re.match(r".*?/(?:blob|tree)/main/(.+)", target)
@@ -113,11 +115,14 @@ def find_dead_links(pages: dict[str, Page], folder: Path, repository: Path) -> l
 
 
 def public_names(module: Path) -> tuple[list[str], list[str]]:
-    """Read what a module offers: functions and classes, of which nbdev makes entries, and all else, which prose has to tell."""
-    tree = ast.parse(module.read_text(encoding="utf-8"))
+    """Read what a module offers: functions and classes, of which nbdev makes entries, and constants without a comment, which need prose."""
+    source = module.read_text(encoding="utf-8")
+    tree = ast.parse(source)
     defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))}
     offered = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
-    return [name for name in offered if name in defined], [name for name in offered if name not in defined]
+    commented = set(re.findall(r"^(\w+)(?:, \w+)*(?:: [^=]+)? = .*#", source, re.MULTILINE))
+    commented |= {name for names in re.findall(r"^(\w+(?:, \w+)+) = .*#", source, re.MULTILINE) for name in names.split(", ")}
+    return [name for name in offered if name in defined], [name for name in offered if name not in defined | commented]
 
 
 def find_untold(modules: list[Path], pages: dict[str, Page]) -> list[str]:

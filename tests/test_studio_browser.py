@@ -376,7 +376,7 @@ def test_pick_from_the_album(released, work):
     source.press("Enter")
     cells = released.locator(".carproto-photo-browser-grid > div:visible")
     released.wait_for_function("document.querySelector('.carproto-photo-browser-page_status').innerText.includes('1 to 8 of 19')")
-    tab_to(released, "The pictures after these")
+    tab_to(released, "Next page")
     released.keyboard.press("Enter")
     released.wait_for_function("document.querySelector('.carproto-photo-browser-page_status').innerText.includes('9 to 16 of 19')")
     released.wait_for_function(SHOWN, arg=7)

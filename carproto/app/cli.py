@@ -18,7 +18,7 @@ from .options import Blend, Curate, Demo, Encode, Evaluate, Finetune, Scrape, Su
 from ..config import CarprotoError
 
 # %% ../../nbs/8_app/13_cli.ipynb #f8306b91
-COMMANDS = {
+COMMANDS = {  # sub-command: dataclass of its options
     "demo": Demo,
     "scrape": Scrape,
     "curate": Curate,

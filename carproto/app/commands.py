@@ -208,8 +208,9 @@ def subspace(
     "Restrict a run's latent space to its Jacobian directions."
     config = subspace_run(options.source, options.run, options.z_dim, like=options.like).config()
     note = load_json(Path(options.run) / "data.json")["subspace"][-1]
-    share = f"with {note['share']:.1%} of the squared Jacobian"
-    if options.like:
+    if options.like is None:
+        share = f"with {note['share']:.1%} of the squared Jacobian"
+    else:
         share = f"in the subspace of {note['like']}"
     print(
         f"{options.run} has a latent of {config['z_dim']} numbers instead of {note['from']}, {share}; "

@@ -22,7 +22,7 @@ from ..data.views import VIEWS, fit_view_head, view_features
 from ..images import fit_square, open_picture, to_tensor
 
 # %% ../../nbs/8_app/14_labelling.ipynb #37fbc18c
-KEYS = {
+KEYS = {  # keyboard key: view
     "7": "rear-left",
     "8": "rear",
     "9": "rear-right",

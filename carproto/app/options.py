@@ -36,7 +36,7 @@ def expand_path(
     return os.path.expanduser(text)
 
 
-PathText = Annotated[
+PathText = Annotated[  # a path as text; a leading ~ is expanded
     str,
     PrimitiveConstructorSpec(
         nargs=1,

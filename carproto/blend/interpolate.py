@@ -33,7 +33,7 @@ def check_intensities(
     return values
 
 # %% ../../nbs/7_blend/00_interpolate.ipynb #8ffedeb6
-MODES = get_args(BlendMode)
+MODES = get_args(BlendMode)  # paths between two latents
 
 
 def blend_latents(

@@ -63,7 +63,7 @@ class AlignConfig:
             raise CarprotoError("width, height and ground must be shares of the frame, 0 to 1, with height at most ground")
 
 
-DEFAULT_ALIGN = AlignConfig()
+DEFAULT_ALIGN = AlignConfig()  # frame and limits where none are given
 
 # %% ../../nbs/3_data/01_align.ipynb #a948e9e6
 _FRAME = ("background", "width", "height", "ground", "mirror")

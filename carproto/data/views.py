@@ -25,8 +25,8 @@ from ..toycars.shape import sample_factors
 from ..weights import load_config, load_state, save_weights, whole, word
 
 # %% ../../nbs/3_data/05_views.ipynb #b177b8c4
-VIEWS = ("left", "front-left", "front", "front-right", "right", "rear-left", "rear", "rear-right")
-KEPT_VIEWS = ("left", "front-left", "front-right")
+VIEWS = ("left", "front-left", "front", "front-right", "right", "rear-left", "rear", "rear-right")  # eight views, clockwise from the left
+KEPT_VIEWS = ("left", "front-left", "front-right")  # views that face left or front
 _MIRRORED = [VIEWS.index(view) for view in ("right", "front-right", "front", "front-left", "left", "rear-right", "rear", "rear-left")]
 _POSES = {  # turn of the camera from the front-left view in degrees, and whether the picture is mirrored
     "left": (46, False), "front-left": (0, False), "front": (-33, False), "front-right": (0, True),

@@ -22,7 +22,7 @@ from ..toycars.regressor import FactorRegressor, factor_regressor, shrink
 from ..weights import download_published
 
 # %% ../../nbs/5_eval/00_features.ipynb #41708615
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # name: number format
 
 
 class FeatureExtractor:

@@ -73,7 +73,7 @@ def __iter__(self: ImageSearch) -> Iterator[PhotoRecord | FetchError]:
         yield FetchError("the search found nothing", permanent=False)
 
 # %% ../../nbs/2_scrape/10_image_search.ipynb #44a759ce
-SOURCES = {"commons": search_commons, "openverse": search_openverse, "google": search_google}
+SOURCES = {"commons": search_commons, "openverse": search_openverse, "google": search_google}  # search engines by name
 
 
 def _check_search(queries: list[str], sources: list[str], limit: int | None, page: str | Path | None) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 from ..config import CarprotoError
 
 # %% ../../nbs/1_toycars/00_shape.ipynb #fa50bb1a
-VIEWS = ("left", "front-left", "front-right")
-BODIES = ("sedan", "hatchback", "suv", "pickup", "coupe", "van")
+VIEWS = ("left", "front-left", "front-right")  # three views of toy cars
+BODIES = ("sedan", "hatchback", "suv", "pickup", "coupe", "van")  # body styles of toy cars
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def proportions(
     return p
 
 # %% ../../nbs/1_toycars/00_shape.ipynb #1693174e
-COMMON, FUTURISTIC = (0.0, 0.3), (0.7, 1.0)
+COMMON, FUTURISTIC = (0.0, 0.3), (0.7, 1.0)  # ranges of futurism of common and of futuristic cars
 _HUES = (0.0, 0.015, 0.05, 0.09, 0.14, 0.31, 0.42, 0.5, 0.56, 0.6, 0.63, 0.78, 0.93)
 
 
