@@ -28,7 +28,7 @@ from carproto.scrape.catalogue import crawl_car_connection, parse_links, parse_p
 from carproto.scrape.crawl import crawl  # noqa: E402
 from carproto.scrape.data_card import export_url_list, write_data_card  # noqa: E402
 from carproto.scrape.fetch import Fetcher  # noqa: E402
-from carproto.scrape.google import _launch, parse_google, render_page
+from carproto.scrape.google import _launch, parse_google, render_page  # noqa: E402
 from carproto.scrape.image_search import search_images  # noqa: E402
 from carproto.scrape.manifest import Manifest, PhotoRecord, read_manifest  # noqa: E402
 from carproto.scrape.search_apis import search_commons, search_openverse  # noqa: E402
