@@ -35,7 +35,8 @@ PROSE = {  # pattern in running text: what to write
     r"\blean(?:s|ing)? (?:to|towards) (?:the|a) train": "nearest-neighbour distance ratio",
 }
 ALLOWED = {  # text around a hit that makes it right
-    "source code", "exit code", "status code", "code runs", "QR code", "VS Code", "latent code", "character code", "no code is executed", "without executing code",
+    "source code", "exit code", "status code", "code runs", "QR code", "VS Code", "latent code",
+    "character code", "no code is executed", "without executing code",
 }
 ALLOWED_NAMES = {"eye", "BufferedReader", "DeadlineReader", "DictReader", "HTMLParser"}  # torch.eye, io's own kinds of readers
 
@@ -95,7 +96,10 @@ def test_docstrings_comments_and_messages(path):
     assert not hits, "\n".join(hits)
 
 
-@pytest.mark.parametrize("path", sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("data/*/README.md"), *ROOT.glob("studies/*.md")]), ids=name_of)
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("data/*/README.md"), *ROOT.glob("studies/*.md")]
+
+
+@pytest.mark.parametrize("path", sorted(TEXTS), ids=name_of)
 def test_texts(path):
     hits = find_banned(path.read_text(encoding="utf-8"))
     assert not hits, "\n".join(hits)
