@@ -215,11 +215,13 @@ def open_run(
     processes.wait()
     if processes.is_main:
         remove_leftovers(run.checkpoints, run.samples, run.path / "best", run.path / "final")
-    if exists and not list_checkpoints(run.checkpoints):
+    begins = not exists or not list_checkpoints(run.checkpoints)
+    if exists and begins:
         check_beginning(run)
-    changes = check_same(run, config, data, allow_changes) if exists else []
-    if processes.is_main and not exists:
+    changes = [] if begins else check_same(run, config, data, allow_changes)
+    if processes.is_main and begins:
         save_json({**about, **data}, run.path / "data.json")
+    if processes.is_main and not exists:
         run.create(config)
     elif processes.is_main:  # further steps are no change, but the record must name them
         save_json(config, run.path / "config.json")
