@@ -69,7 +69,8 @@ def replace_folder(made: Path, folder: Path) -> None:
 
 def list_hashes(data: Path) -> str:
     """Write the SHA-256 of all released files as the entries of a dict."""
-    lines, folders = [], {path.parent.relative_to(data).as_posix(): path.parent for path in data.rglob("model.safetensors") if "milestones" not in path.parts}
+    weights = [path.parent for path in data.rglob("model.safetensors") if "milestones" not in path.parts]
+    lines, folders = [], {folder.relative_to(data).as_posix(): folder for folder in weights}
     for name, folder in sorted(folders.items()):
         files = [f'        "{file}": "{hash_file(folder / file)}",' for file in ("config.json", "model.safetensors")]
         lines += [f'    "{name}": {{', *files, "    },"]
