@@ -190,7 +190,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(cars, tmp_path, run):
     """One process is killed; the undisturbed run and the resumed one need no process of their own."""
     from safetensors.torch import load_file
 
-    line = ["train", "--data", str(cars), "--steps", "160", *TINY[:-1], "40"]
+    line = ["train", "--data", str(cars), "--steps", "400", *TINY[:-1], "40"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [CARPROTO, *line, "--run", "killed"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
