@@ -33,7 +33,9 @@ class CarList:
         z_dim = pipeline.common.z_dim
         z = sample_latents(n, z_dim, pipeline.seed) if z is None else z
         if z.ndim != 2 or not len(z) or z.shape[1] != z_dim:
-            raise CarprotoError(f"the latents are {tuple(z.shape)}: these generators take one or more rows of {z_dim} numbers")
+            raise CarprotoError(
+                f"the latents are {tuple(z.shape)}: these generators take one or more rows of {z_dim} numbers"
+            )
         if names is not None and len(names) != len(z):
             raise CarprotoError(f"{len(names)} names for {len(z)} latents: give one name for each latent")
         names = names or [f"car {i + 1}" for i in range(len(z))]
@@ -67,8 +69,13 @@ def add(
     G = self.pipeline.common
     if len(latent) != G.z_dim or (channel_gains is not None and len(channel_gains) != G.n_channel_gains):
         n_gains = "" if channel_gains is None else f" and {len(channel_gains)} channel gains"
-        raise CarprotoError(f"a latent of {len(latent)} numbers{n_gains} is no car of these generators, which take {G.z_dim}")
-    car = [float(value) for value in latent], None if channel_gains is None else [float(value) for value in channel_gains]
+        raise CarprotoError(
+            f"a latent of {len(latent)} numbers{n_gains} is no car of these generators, which take {G.z_dim}"
+        )
+    car = (
+        [float(value) for value in latent],
+        None if channel_gains is None else [float(value) for value in channel_gains],
+    )
     car = tuple(None if values is None else torch.tensor(values, dtype=torch.float32).tolist() for values in car)
     for i in range(len(self)):
         if self.car(i) == car:

@@ -103,7 +103,6 @@ def _make_aligner(options: Curate) -> Aligner | None:
     )
     return Aligner(AlignConfig(**config), segment=options.mask_file)
 
-
 # %% ../../nbs/8_app/11_commands.ipynb #417003ac
 def curate(
     options: Curate,  # folder and rules
@@ -129,7 +128,9 @@ def curate(
     elif options.sheet is not None:
         print("no photo was rejected, so there is no contact sheet")
     card = write_data_card(options.folder)
-    print(f"the verdicts are in {options.folder}/metadata.jsonl, their summary in {card}; undo_curation takes them back")
+    print(
+        f"the verdicts are in {options.folder}/metadata.jsonl, their summary in {card}; undo_curation takes them back"
+    )
 
 # %% ../../nbs/8_app/11_commands.ipynb #cf9b56b6
 def _make_evaluator(options: Train | Finetune, train: torch.Tensor, heldout: torch.Tensor) -> Evaluator | None:

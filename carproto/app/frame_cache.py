@@ -150,7 +150,7 @@ def _plot(lines: list, dots: list, label: str, x: list[float], position: int, en
         f'font-size: 11px; line-height: 1; color: {_TEXT}">'
         f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="{label}" '
         'style="position: absolute; left: 0; top: 0; width: 100%; height: 100%; display: block">'
-        f'{frame}{"".join(lines)}{marker}</svg>'
+        f"{frame}{''.join(lines)}{marker}</svg>"
         f'<span style="position: absolute; left: {x[position]:.2f}%; top: -2px; transform: translateX(-50%); '
         f'color: var(--jp-brand-color1, #0072B2)">&#9650;</span>{scale}{"".join(dots)}</div>'
     )

@@ -71,7 +71,9 @@ def train_folder(
     for data, unseen in given[: len(pipeline.generators)]:
         seen = selected = None
         if data is not None:
-            seen, selected = open_both(data, unseen, pipeline.common.size, fit=pipeline.fit, find_aligner=pipeline.aligner_for)
+            seen, selected = open_both(
+                data, unseen, pipeline.common.size, fit=pipeline.fit, find_aligner=pipeline.aligner_for
+            )
         photos.append(seen and seen.images)
         heldout.append(selected and selected.images)
     result = train_encoder(

@@ -71,20 +71,28 @@ class StudioPanel(widgets.VBox):
         "Make the controls of seed and path."
         self.seed = widgets.BoundedIntText(value=0, min=0, max=2**31 - 1, description="Seed", style=_LABEL)
         self.seed.layout.width = "260px"
-        self.random = widgets.Button(description="Two new cars", tooltip="Sample two cars that depend only on the seed", icon="random")
+        self.random = widgets.Button(
+            description="Two new cars", tooltip="Sample two cars that depend only on the seed", icon="random"
+        )
         self.random.layout.width = _BUTTON
         self.intensity = _Slider(min=0, max=1, step=0.025, description="Intensity", readout_format=".3f", **_wide())
         self.equal = widgets.Checkbox(value=True, description="Equal steps of futurism", **_wide())
         self.follow = widgets.Checkbox(value=True, description="The generator follows the intensity", **_wide())
-        self.generator = widgets.FloatSlider(min=0, max=1, step=0.05, description="Generator", readout_format=".2f", **_wide())
-        self.mode = widgets.Dropdown(options=[(text, mode) for mode, text in _MODE_LABELS.items()], description="Latent path", **_wide())
+        self.generator = widgets.FloatSlider(
+            min=0, max=1, step=0.05, description="Generator", readout_format=".2f", **_wide()
+        )
+        self.mode = widgets.Dropdown(
+            options=[(text, mode) for mode, text in _MODE_LABELS.items()], description="Latent path", **_wide()
+        )
 
     def _make_file_controls(self) -> None:
         "Make the controls that load and save."
         layout = widgets.Layout(width=_BUTTON)
         self.photo = widgets.FileUpload(accept=".png,.jpg,.jpeg,.webp", description="Upload a car", layout=layout)
         self.upload = widgets.FileUpload(accept=".json", description="Load a recipe", layout=layout)
-        self.file_name = widgets.Text(value="blend", description="Save as", style=_LABEL, layout=widgets.Layout(width="270px"))
+        self.file_name = widgets.Text(
+            value="blend", description="Save as", style=_LABEL, layout=widgets.Layout(width="270px")
+        )
         self.save = {}
         for kind, text in {"png": "Image", "jpg": "Strip", "gif": "GIF", "json": "Recipe", "html": "Page"}.items():
             self.save[kind] = widgets.Button(description=text, tooltip=f"Save as .{kind}", icon="download")
@@ -99,10 +107,14 @@ def _rows(self: StudioPanel) -> list[widgets.Widget]:
     lists = widgets.VBox([self.car_a, self.car_b], layout=widgets.Layout(flex="1 1 200px"))
     cars = widgets.HBox([lists, self.thumb_a, self.thumb_b])
     new = widgets.HBox([self.seed, self.random], layout=row)
-    files = widgets.HBox([self.photo, self.upload], layout=widgets.Layout(flex_flow="row wrap", width="auto", padding="0 0 0 118px"))
+    files = widgets.HBox(
+        [self.photo, self.upload], layout=widgets.Layout(flex_flow="row wrap", width="auto", padding="0 0 0 118px")
+    )
     paths = [self.intensity, self.equal, self.follow, self.generator, self.mode]
     controls = [self.pipeline_list, *paths, cars, new, files, self.bar, self.message]
-    top = widgets.HBox([self.picture, widgets.VBox(controls, layout=column)], layout=widgets.Layout(flex_flow="row wrap"))
+    top = widgets.HBox(
+        [self.picture, widgets.VBox(controls, layout=column)], layout=widgets.Layout(flex_flow="row wrap")
+    )
     saving = widgets.HBox([self.file_name, *self.save.values()], layout=row)
     return [top, widgets.VBox([self.strip, self.curves, self.sheet, self.sheet_names, self.photo_browser]), saving]
 
@@ -115,7 +127,9 @@ def show_message(
     tone: str = "status",  # status, warning or error
 ) -> None:
     "Show a line below the controls."
-    colour = {"warning": "var(--jp-warn-color1, #b35900)", "error": "var(--jp-error-color1, #c62828)"}.get(tone, "inherit")
+    colour = {"warning": "var(--jp-warn-color1, #b35900)", "error": "var(--jp-error-color1, #c62828)"}.get(
+        tone, "inherit"
+    )
     role = "status" if tone == "status" else "alert"
     style = f"color: {colour}; line-height: 1.4; display: block; overflow-wrap: anywhere"
     self.message.value = f'<span role="{role}" style="{style}">{escape(text)}</span>' if text else ""

@@ -66,7 +66,9 @@ class BlendPath(FrameCache):
     def compare(self, reference: float) -> dict[str, list[float]]:
         "Return similarity and mask IoU of each frame to the first."
         pipeline = self.pipeline
-        return measure_similarity(self.fetch(), reference=reference, perceptual=pipeline.perceptual, has_outlines=pipeline.has_outlines)
+        return measure_similarity(
+            self.fetch(), reference=reference, perceptual=pipeline.perceptual, has_outlines=pipeline.has_outlines
+        )
 
 # %% ../../nbs/8_app/05_path.ipynb #b67ca21b
 @patch
@@ -78,7 +80,9 @@ def even_steps(
     frames = self.fetch()
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
-        calibration = calibrate(lambda raw: frames, lambda images: torch.tensor(scores), n=len(frames), perceptual=self.pipeline.perceptual)
+        calibration = calibrate(
+            lambda raw: frames, lambda images: torch.tensor(scores), n=len(frames), perceptual=self.pipeline.perceptual
+        )
     return calibration(self.recipe.labels).tolist(), str(raised[0].message) if raised else None
 
 # %% ../../nbs/8_app/05_path.ipynb #150a6331
@@ -106,7 +110,9 @@ def write(
     side = max(256, pictures[0].width)
     pictures = [picture.resize((side, side), Image.Resampling.BICUBIC) for picture in pictures]
     with atomic_path(path) as temporary:
-        pictures[0].save(temporary, "gif", save_all=True, append_images=pictures[1:] + pictures[-2:0:-1], duration=60, loop=0)
+        pictures[0].save(
+            temporary, "gif", save_all=True, append_images=pictures[1:] + pictures[-2:0:-1], duration=60, loop=0
+        )
     return path
 
 
@@ -124,7 +130,11 @@ def write_page(
         moves = f"The generator stays at {recipe.generator_at(0):.2f}, the latent moves. "
     else:
         moves = "Latent and generator move together. " if recipe.generator == recipe.latent else ""
-    even = " The steps are equal steps of futurism, as far as the image does not jump." if recipe.latent != recipe.labels else ""
+    even = (
+        " The steps are equal steps of futurism, as far as the image does not jump."
+        if recipe.latent != recipe.labels
+        else ""
+    )
     text = f"{moves}Path between the latents: {_MODE_LABELS[recipe.mode]}.{even}"
     slider = Slider(self.fetch(), recipe.labels, self.measured, f"{names[0]} to {names[1]}", names, i)
     return write_report(path, title, [Section("Slide", text, [slider])])

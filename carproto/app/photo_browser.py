@@ -109,7 +109,8 @@ class PhotoBrowser(widgets.VBox):
 
     def __init__(
         self,
-        pick: Callable[[bytes, str, str], None] | None = None,  # gets content, name, and "a" or "b"; None ignores choices
+        pick: Callable[[bytes, str, str], None]
+        | None = None,  # gets content, name, and "a" or "b"; None ignores choices
         *,
         run_action: Callable | None = None,  # runs (action, *values, keep=False) and shows errors; None propagates them
         n_shown: int = 8,  # photos on a page
@@ -191,7 +192,9 @@ def show_folder(
         return
     self.store = find_pictures(self._opened)
     if not self.cells:
-        self.cells = [PhotoCell(lambda name, side: self.run_action(self._choose, name, side)) for _ in range(self.n_shown)]
+        self.cells = [
+            PhotoCell(lambda name, side: self.run_action(self._choose, name, side)) for _ in range(self.n_shown)
+        ]
         self.grid.children = self.cells
     self.page.max = -(-len(self.store.names) // self.n_shown)
     self.pages.layout.display = "flex"

@@ -52,23 +52,35 @@ class CarPipeline:
     futuristic: Generator | None = None  # its FreezeD child, in eval mode; None blends nothing
     encoder: LatentEncoder | None = None  # None inverts no photos
     perceptual: PerceptualDistance | None = None  # None compares pixels
-    futurism: Callable[[torch.Tensor], Sequence[float]] | None = None  # images (n, 3, H, W) -> n numbers; None calibrates nothing
+    futurism: Callable[[torch.Tensor], Sequence[float]] | None = (
+        None  # images (n, 3, H, W) -> n numbers; None calibrates nothing
+    )
     error_p99: float = _ERROR_P99  # RMS error that 99 % of photos stay below, in units of [-1, 1]
     inversion: InvertConfig = PHOTO_INVERSION  # how `encode` refines latents
     fit: str | None = None  # how a photo becomes square, one of `FITS`; None takes what the generator's weights say
     frame: dict | None = None  # where an aligned car stands, from `frame_of`; None for photos as they are
-    segment: Callable | str | Path | None = None  # from picture to mask, or the network's file; None finds it or downloads it
+    segment: Callable | str | Path | None = (
+        None  # from picture to mask, or the network's file; None finds it or downloads it
+    )
     has_outlines: bool = True  # whether cars stand before a plain background, so that masks can be compared
     seed: int = 0  # of example cars
     note: str = ""  # which parts are missing, and why
-    metric_source: Discriminator | str | None = None  # whose features `perceptual` compares, for `export`; "toys" is their factor regressor
-    futurism_source: FuturismProbe | str | None = None  # what measures `futurism`, for `export`; "toys" is their factor regressor
+    metric_source: Discriminator | str | None = (
+        None  # whose features `perceptual` compares, for `export`; "toys" is their factor regressor
+    )
+    futurism_source: FuturismProbe | str | None = (
+        None  # what measures `futurism`, for `export`; "toys" is their factor regressor
+    )
 
     def __post_init__(self):
         if self.futuristic is not None and self.futuristic.z_dim != self.common.z_dim:
-            raise CarprotoError(f"the generators take latents of {self.common.z_dim} and {self.futuristic.z_dim} numbers: give a child of the first")
+            raise CarprotoError(
+                f"the generators take latents of {self.common.z_dim} and {self.futuristic.z_dim} numbers: give a child of the first"
+            )
         for G in self.generators:
-            G.to(memory_format=torch.channels_last)  # the order in which a CPU convolves fastest; the images are the same
+            G.to(
+                memory_format=torch.channels_last
+            )  # the order in which a CPU convolves fastest; the images are the same
         self.fingerprints = [G.fingerprint() if hasattr(G, "fingerprint") else "" for G in self.generators]
         self.fit = self.fit or getattr(self.common, "fit", "squash")
         self._plans = {}
@@ -136,7 +148,8 @@ def load_photos(
     photos: Sequence[str | Path | bytes],  # files, or their contents
     *,
     names: Sequence[str] | None = None,  # for error messages; None takes the names of the files
-    views: Sequence[str | None] | None = None,  # where the noses point; None when nobody knows, and no photo is mirrored
+    views: Sequence[str | None]
+    | None = None,  # where the noses point; None when nobody knows, and no photo is mirrored
 ) -> torch.Tensor:  # float (N, 3, size, size) in [-1, 1]
     "Open photos as the training images were; raise `CarprotoError` for one that is broken or cannot be aligned."
     names = list(names or _name_photos(photos))
@@ -171,7 +184,10 @@ def aligner_for(
 
 def _name_photos(photos: Sequence) -> list[str]:
     "Name photos by their files, contents and images by their numbers."
-    return [f"image {i + 1}" if isinstance(photo, (bytes, torch.Tensor)) else Path(photo).name for i, photo in enumerate(photos)]
+    return [
+        f"image {i + 1}" if isinstance(photo, (bytes, torch.Tensor)) else Path(photo).name
+        for i, photo in enumerate(photos)
+    ]
 
 # %% ../../nbs/8_app/00_pipeline.ipynb #cb118e8a
 @dataclass
@@ -199,7 +215,8 @@ class PhotoInversion(Inversion):
 @patch
 def encode(
     self: CarPipeline,
-    images: torch.Tensor | Sequence[str | Path | bytes],  # float (N, 3, size, size) in [-1, 1] in the frame of the weights; or photos
+    images: torch.Tensor
+    | Sequence[str | Path | bytes],  # float (N, 3, size, size) in [-1, 1] in the frame of the weights; or photos
     kind: str = "common",  # which generator: common or futuristic
     *,
     config: InvertConfig | None = None,  # None takes the pipeline's `inversion`
@@ -211,7 +228,9 @@ def encode(
 ) -> PhotoInversion:  # on the CPU
     "Invert images or photos; raise `CarprotoError` for photos that cannot be opened or aligned, or without an encoder."
     if self.encoder is None:
-        raise CarprotoError("photos cannot be inverted without an encoder: give the folder that carproto encode made (--encoder)")
+        raise CarprotoError(
+            "photos cannot be inverted without an encoder: give the folder that carproto encode made (--encoder)"
+        )
     if isinstance(images, (str, Path, bytes)):
         images = [images]
     names = list(names or _name_photos(images))
@@ -247,7 +266,9 @@ def _count_calls(G: Generator, n: int, on_step: Callable[[float], None]) -> Gene
     return copied
 
 # %% ../../nbs/8_app/00_pipeline.ipynb #abe6c816
-Car = torch.Tensor | str | Path | bytes | Inversion  # an image (3, size, size), a latent (z_dim,), a photo, "seed:7", or one inversion
+Car = (
+    torch.Tensor | str | Path | bytes | Inversion
+)  # an image (3, size, size), a latent (z_dim,), a photo, "seed:7", or one inversion
 
 
 @patch
@@ -264,7 +285,9 @@ def find_car(
         return sample_latents(1, self.common.z_dim, seed=check_seed(int(number)))[0].tolist(), None
     if isinstance(car, torch.Tensor) and car.ndim == 1:
         if len(car) != self.common.z_dim:
-            raise CarprotoError(f"a latent of {len(car)} numbers is no car of this generator, which takes {self.common.z_dim}")
+            raise CarprotoError(
+                f"a latent of {len(car)} numbers is no car of this generator, which takes {self.common.z_dim}"
+            )
         return car.tolist(), None
     if isinstance(car, PhotoInversion):
         return car.car(0)
@@ -283,18 +306,24 @@ def plan_blend(
     b: Car,  # the car at intensity 1
     intensity: float | Sequence[float],  # of each frame, from 0 to 1
     *,
-    calibrated: bool | None = None,  # whether equal steps are equal steps of futurism; None where futurism can be measured
+    calibrated: bool
+    | None = None,  # whether equal steps are equal steps of futurism; None where futurism can be measured
     latent: Sequence[float] | None = None,  # intensities of the latent alone; None goes with `intensity`
     generator: Sequence[float] | None = None,  # intensities of the generator alone; None goes with `intensity`
-    levels: Sequence[float] | None = None,  # share of each resolution in the generator's intensity, from 4 px up; None means 1
+    levels: Sequence[float]
+    | None = None,  # share of each resolution in the generator's intensity, from 4 px up; None means 1
     mode: str = "norm",  # path between the latents, one of `MODES`
     extrapolate: bool = False,  # allow intensities outside [0, 1]
 ) -> BlendRecipe:  # all that generates the frames again
     "Invert both cars and find the intensities of latent and generator for each frame."
-    steps = check_intensities([intensity] if isinstance(intensity, (int, float)) else intensity, extrapolate=extrapolate).tolist()
+    steps = check_intensities(
+        [intensity] if isinstance(intensity, (int, float)) else intensity, extrapolate=extrapolate
+    ).tolist()
     self.generator("futuristic")
     if calibrated and self.futurism is None:
-        raise CarprotoError("a calibrated blend needs a measure of futurism: give a probe, or leave the intensity as it is")
+        raise CarprotoError(
+            "a calibrated blend needs a measure of futurism: give a probe, or leave the intensity as it is"
+        )
     (z_a, channel_gains_a), (z_b, channel_gains_b) = self.find_car(a, "common"), self.find_car(b, "futuristic")
     recipe = BlendRecipe(
         z_a, z_b, steps, steps, steps, levels=levels, mode=mode, car_a=_name_car(a), car_b=_name_car(b),
@@ -302,7 +331,9 @@ def plan_blend(
     )  # fmt: skip
     raw_latent = raw_generator = steps
     if calibrated or (calibrated is None and self.futurism is not None):
-        raw_latent, raw_generator = self.find_intensities(recipe, together=latent is None and generator is None, extrapolate=extrapolate)
+        raw_latent, raw_generator = self.find_intensities(
+            recipe, together=latent is None and generator is None, extrapolate=extrapolate
+        )
     return replace(recipe, latent=list(latent or raw_latent), generator=list(generator or raw_generator))
 
 
@@ -322,9 +353,13 @@ def find_intensities(
     "Find intensities at which equal steps are equal steps of measured futurism."
 
     def frames(latent: torch.Tensor, generator: torch.Tensor) -> torch.Tensor:
-        return replace(recipe, latent=latent.tolist(), generator=generator.tolist(), labels=latent.tolist()).generate(*self.generators)
+        return replace(recipe, latent=latent.tolist(), generator=generator.tolist(), labels=latent.tolist()).generate(
+            *self.generators
+        )
 
-    key = str((recipe.z_a, recipe.z_b, recipe.channel_gains_a, recipe.channel_gains_b, recipe.levels, recipe.mode, together))
+    key = str(
+        (recipe.z_a, recipe.z_b, recipe.channel_gains_a, recipe.channel_gains_b, recipe.levels, recipe.mode, together)
+    )
     if key not in self._plans:
         if together:
             plan = plan_path(frames, self.futurism, perceptual=self.perceptual)
@@ -354,7 +389,10 @@ def evaluate(
     images: torch.Tensor,  # (N, 3, size, size), uint8 or float in [-1, 1], never trained on; 10 or more for an extractor
     *,
     kind: str = "common",  # which generator: common or futuristic
-    extractor: str | Path | FeatureExtractor | None = None,  # whatever `feature_extractor` takes; None leaves KID and its kin out
+    extractor: str
+    | Path
+    | FeatureExtractor
+    | None = None,  # whatever `feature_extractor` takes; None leaves KID and its kin out
 ) -> dict:  # numbers by name; those of missing parts are left out
     "Measure how well cars are generated and reconstructed."
     x, G = to_tensor(images) if images.dtype == torch.uint8 else images, self.generator(kind)
@@ -372,7 +410,10 @@ def evaluate(
     return result
 
 # %% ../../nbs/8_app/00_pipeline.ipynb #a83267cd
-RELEASED_PIPELINES = {"toy64": ("toy cars", 1), "real64": ("real cars", 5)}  # title, and a seed whose cars both generators generate well
+RELEASED_PIPELINES = {
+    "toy64": ("toy cars", 1),
+    "real64": ("real cars", 5),
+}  # title, and a seed whose cars both generators generate well
 _KINDS = {
     "seed": whole(0, 2**31 - 1),
     "fit": word(*FITS),
@@ -385,10 +426,14 @@ _KINDS = {
 @patch(cls_method=True)
 def from_pretrained(
     cls: CarPipeline,
-    name: str | Path = "toy64",  # a release, or a folder with common/ and perhaps futuristic/, encoder/, probe/ and config.json
+    name: str
+    | Path = "toy64",  # a release, or a folder with common/ and perhaps futuristic/, encoder/, probe/ and config.json
     *,
     backbone: str | Path | None = None,  # the MobileNetV2 file of the futurism probe
-    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None finds it or downloads it
+    segment: Callable
+    | str
+    | Path
+    | None = None,  # from picture to mask, or the network's file; None finds it or downloads it
     device: str = "cpu",  # where the networks run
 ) -> CarPipeline:  # with a note on missing parts
     "Load a release or an exported pipeline; raise `CarprotoError` when its generators cannot be had."
@@ -396,7 +441,9 @@ def from_pretrained(
     common, futuristic, encoder, probe = (f"{name}/{part}" for part in ("common", "futuristic", "encoder", "probe"))
     if not _has_generator(common):
         names = ", ".join(RELEASED_PIPELINES)
-        raise CarprotoError(f"{name} does not exist as a pipeline: give a folder with common/ and futuristic/, or one of {names}")
+        raise CarprotoError(
+            f"{name} does not exist as a pipeline: give a folder with common/ and futuristic/, or one of {names}"
+        )
     if (Path(name) / "config.json").exists():
         config = load_config(name, "pipeline", {}, optional=_KINDS)
     else:
@@ -420,7 +467,10 @@ def from_pretrained(
 
 def _has_generator(folder: str) -> bool:
     "Say whether a run, folder or release holds a generator."
-    return any((Path(folder) / name / "config.json").exists() for name in ("best", "final")) or (find_weights(folder) / "config.json").exists()
+    return (
+        any((Path(folder) / name / "config.json").exists() for name in ("best", "final"))
+        or (find_weights(folder) / "config.json").exists()
+    )
 
 # %% ../../nbs/8_app/00_pipeline.ipynb #5b187dcb
 @patch(cls_method=True)
@@ -431,9 +481,13 @@ def from_parts(
     encoder: str | Path | None = None,  # folder or release of the encoder
     futurism: str | Path | None = None,  # "toys", or a folder with a futurism probe; None measures none
     *,
-    metric: str | None = "discriminator",  # whose features the perceptual metric compares: toys or discriminator; None compares pixels
+    metric: str
+    | None = "discriminator",  # whose features the perceptual metric compares: toys or discriminator; None compares pixels
     backbone: str | Path | None = None,  # the MobileNetV2 file of the probe
-    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None finds it or downloads it
+    segment: Callable
+    | str
+    | Path
+    | None = None,  # from picture to mask, or the network's file; None finds it or downloads it
     fit: str | None = None,  # how a photo becomes square; None takes what the weights say
     has_outlines: bool | None = None,  # whether cars stand before a plain background; None where they are aligned
     seed: int | None = None,  # of example cars; None is 0
@@ -510,7 +564,11 @@ def local_pipelines() -> list[str]:  # names from `RELEASED_PIPELINES`
     "List the released pipelines that are on this machine, so that none has to be downloaded."
     folders = [Path("."), IN_REPOSITORY, cache_folder() / "weights"]
     parts = ("common", "futuristic")
-    return [name for name in RELEASED_PIPELINES if all(any((folder / name / part / "config.json").exists() for folder in folders) for part in parts)]
+    return [
+        name
+        for name in RELEASED_PIPELINES
+        if all(any((folder / name / part / "config.json").exists() for folder in folders) for part in parts)
+    ]
 
 # %% ../../nbs/8_app/00_pipeline.ipynb #83278c28
 @patch
@@ -521,7 +579,9 @@ def export(
     "Write all parts as safetensors and config.json, so that `from_pretrained` reads them back."
     for part, source in (("perceptual", self.metric_source), ("futurism", self.futurism_source)):
         if getattr(self, part) is not None and source is None:
-            raise CarprotoError(f"the {part} of this pipeline was made by hand and cannot be exported: set {part} to None first")
+            raise CarprotoError(
+                f"the {part} of this pipeline was made by hand and cannot be exported: set {part} to None first"
+            )
     folder = Path(folder).expanduser()
     about = {"fit": self.fit} | ({} if self.frame is None else {"frame": self.frame})
     for name in ("common", "futuristic"):

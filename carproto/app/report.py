@@ -68,7 +68,9 @@ class Slider:
             raise CarprotoError(f"a slider needs at least 2 frames, got {n}")
         for name, values in {"intensities": self.intensities, **self.measures}.items():
             if len(values) != n:
-                raise CarprotoError(f"the slider has {n} frames but {len(values)} values of {name}: give one for each frame")
+                raise CarprotoError(
+                    f"the slider has {n} frames but {len(values)} values of {name}: give one for each frame"
+                )
 
 
 @dataclass(frozen=True)
@@ -369,7 +371,9 @@ def _describe_section(section: Section, quality: int, side: int) -> dict:
         elif isinstance(item, Table):
             items.append(_describe_table(item))
         else:
-            raise CarprotoError(f"section {section.heading!r} holds a {type(item).__name__}: use Figure, Table or Slider")
+            raise CarprotoError(
+                f"section {section.heading!r} holds a {type(item).__name__}: use Figure, Table or Slider"
+            )
     paragraphs = [paragraph.strip() for paragraph in section.text.split("\n\n") if paragraph.strip()]
     return {"heading": section.heading, "paragraphs": paragraphs, "contents": items}
 

@@ -86,7 +86,8 @@ class IntensityStudio(StudioPanel):
         z: torch.Tensor | None = None,  # (N, z_dim) latents of the cars to choose from; None samples twelve
         names: Sequence[str] | None = None,  # of these cars; None numbers them
         *,
-        measures: Mapping[str, Callable[[torch.Tensor], Sequence[float]]] | None = None,  # further curves, name: images -> n numbers
+        measures: Mapping[str, Callable[[torch.Tensor], Sequence[float]]]
+        | None = None,  # further curves, name: images -> n numbers
         n_frames: int = 41,  # frames on the path
         folder: str | Path = ".",  # where the buttons save
         photos: str | Path = "",  # a folder or zip whose photos can be chosen too; the panel can open others
@@ -124,13 +125,17 @@ class IntensityStudio(StudioPanel):
 def _connect(self: IntensityStudio) -> None:
     "Tie the controls to what they do."
     actions = [(self.intensity, self._show), (self.follow, self._toggle_follow)]
-    actions += [(control, self._new_path) for control in (self.car_a, self.car_b, self.mode, self.generator, self.equal)]
+    actions += [
+        (control, self._new_path) for control in (self.car_a, self.car_b, self.mode, self.generator, self.equal)
+    ]
     for control, action in actions:
         control.observe(lambda change, action=action: self._guarded(action), "value")
     self.pipeline_list.observe(lambda change: self._guarded(self._switch, change["old"]), "value")
     self.random.on_click(lambda button: self._guarded(self.sample_cars, self.seed.value))
     for control, use in ((self.upload, self._load_upload), (self.photo, self.add_picture)):
-        control.observe(lambda change, use=use: self._guarded(self._uploaded, change["new"], use, change["owner"]), "value")
+        control.observe(
+            lambda change, use=use: self._guarded(self._uploaded, change["new"], use, change["owner"]), "value"
+        )
     for kind, button in self.save.items():
         button.on_click(lambda button, kind=kind: self._guarded(self._save_as, kind))
     self.photo_browser.run_action = self._guarded
@@ -328,7 +333,9 @@ def load(
             self.intensity.value = label
         self._new_path(recipe)
         if {recipe.common, recipe.futuristic} - {"", *self.pipeline.fingerprints}:
-            self.show_message("This recipe was made with other generators: the same latents give other cars here.", tone="warning")
+            self.show_message(
+                "This recipe was made with other generators: the same latents give other cars here.", tone="warning"
+            )
 
 
 @patch
@@ -337,7 +344,10 @@ def _choose(self: IntensityStudio, cars: CarList, recipe: BlendRecipe) -> None:
     if cars is not self.cars:
         self.pipeline_list.value = next(name for name, make in self._loaders.items() if make() is cars)
         self._set_cars(cars)
-    ends = (recipe.car_a, "a", recipe.z_a, recipe.channel_gains_a), (recipe.car_b, "b", recipe.z_b, recipe.channel_gains_b)
+    ends = (
+        (recipe.car_a, "a", recipe.z_a, recipe.channel_gains_a),
+        (recipe.car_b, "b", recipe.z_b, recipe.channel_gains_b),
+    )
     chosen = [cars.add(Path(name).stem or f"car of {side}", z, channel_gains) for name, side, z, channel_gains in ends]
     self.list_cars(cars.names, *chosen)
     self.mode.value, self.follow.value = recipe.mode, recipe.generator == recipe.latent
@@ -421,11 +431,15 @@ def _check_photo(source: str | Path | bytes, file: str) -> None:
         reason = str(error).split(": ", 1)[-1].split(" (")[0]
         if "exceeds limit" in str(error):  # Pillow refuses what would fill the memory
             reason = "it has far too many pixels, shrink it first"
-        raise CarprotoError(f"{file}: {reason}{'; choose a whole png, jpg or webp' if 'readable' in reason else ''}") from error
+        raise CarprotoError(
+            f"{file}: {reason}{'; choose a whole png, jpg or webp' if 'readable' in reason else ''}"
+        ) from error
 
 # %% ../../nbs/8_app/07_studio.ipynb #4c57f250
 @patch
-def _invert(self: IntensityStudio, cars: CarList, source: str | Path | bytes, name: str, side: str, deliver: Callable) -> None:
+def _invert(
+    self: IntensityStudio, cars: CarList, source: str | Path | bytes, name: str, side: str, deliver: Callable
+) -> None:
     "Invert a photo, and hand the result, or the error, over to the thread that asked."
     shown = 0.0
 
@@ -444,7 +458,9 @@ def _invert(self: IntensityStudio, cars: CarList, source: str | Path | bytes, na
 
 
 @patch
-def _add_inverted(self: IntensityStudio, cars: CarList, name: str, side: str, result: PhotoInversion | Exception) -> None:
+def _add_inverted(
+    self: IntensityStudio, cars: CarList, name: str, side: str, result: PhotoInversion | Exception
+) -> None:
     "Put an inverted photo into the lists and on view."
     self.photo.disabled = False
     self.show_progress(None)
@@ -461,7 +477,12 @@ def _add_inverted(self: IntensityStudio, cars: CarList, name: str, side: str, re
 
 
 @patch
-def _uploaded(self: IntensityStudio, value: tuple | dict, use: Callable[[bytes, str], None], control: widgets.FileUpload | None = None) -> None:
+def _uploaded(
+    self: IntensityStudio,
+    value: tuple | dict,
+    use: Callable[[bytes, str], None],
+    control: widgets.FileUpload | None = None,
+) -> None:
     "Use the file that was uploaded, and empty the control so that the same file can come again."
     if control is not None and isinstance(value, tuple):
         with self.without_events():
@@ -483,10 +504,14 @@ def _load_upload(self: IntensityStudio, content: bytes, name: str) -> None:
 
 # %% ../../nbs/8_app/07_studio.ipynb #1be77ac8
 def open_studio(
-    pipeline: str | Path = "toy64",  # a release, as in `RELEASED_PIPELINES`, or a folder, see `CarPipeline.from_pretrained`
+    pipeline: str
+    | Path = "toy64",  # a release, as in `RELEASED_PIPELINES`, or a folder, see `CarPipeline.from_pretrained`
     *,
     backbone: str | Path | None = None,  # the MobileNetV2 file of a futurism probe
-    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file, for weights of aligned cars
+    segment: Callable
+    | str
+    | Path
+    | None = None,  # from picture to mask, or the network's file, for weights of aligned cars
     n_cars: int = 12,  # cars to choose from
     n_frames: int = 41,  # frames on the path
     folder: str | Path = ".",  # where the buttons save
@@ -500,14 +525,18 @@ def open_studio(
     chosen = str(pipeline)
     loaders = {name: cache(partial(load, name)) for name in dict.fromkeys([*local_pipelines(), chosen])}
     studio = IntensityStudio(loaders[chosen](), n_frames=n_frames, folder=folder, photos=photos)
-    studio.set_pipelines({RELEASED_PIPELINES.get(name, (Path(name).name,))[0]: loader for name, loader in loaders.items()})
+    studio.set_pipelines(
+        {RELEASED_PIPELINES.get(name, (Path(name).name,))[0]: loader for name, loader in loaders.items()}
+    )
     return studio
 
 
 @patch
 def set_pipelines(
     self: IntensityStudio,
-    loaders: Mapping[str, Callable[[], CarList]],  # name in the list: what loads it, the same object each time; the one on view among them
+    loaders: Mapping[
+        str, Callable[[], CarList]
+    ],  # name in the list: what loads it, the same object each time; the one on view among them
 ) -> None:
     "Let the panel switch between pipelines."
     self._loaders = dict(loaders)
