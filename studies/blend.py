@@ -15,10 +15,10 @@ import torch
 from _record import save_record
 from tqdm import tqdm
 
-from carproto.blend.calibrate import calibrate
 from carproto.blend.interpolate import blend_frames, blend_latents
 from carproto.blend.path_metrics import factor_drift, measure_paths, mid_blend_realism, perceptual_path_length
 from carproto.blend.path_planning import plan_path
+from carproto.blend.speed import plan_speed
 from carproto.config import CarprotoError, InvertConfig
 from carproto.core import sample_latents, seeded
 from carproto.data.dataset import open_cars
@@ -127,8 +127,8 @@ def main() -> None:
         for (a, channel_gains_a), (b, channel_gains_b) in zip(tqdm(cars[0], desc=name, unit="pair"), cars[1]):
             w, moves = POSITIONS, {**options, "channel_gains": (channel_gains_a, channel_gains_b)}
             if planned == "calibrated":
-                calibration = calibrate(lambda raw: make_frames(a, b, raw, {}, mode), scale, n=25, perceptual=metric)  # noqa: B023 - called at once
-                w, _ = calibration(POSITIONS), shares.append(calibration.share)
+                speed = plan_speed(lambda raw: make_frames(a, b, raw, {}, mode), scale, n=25, perceptual=metric)  # noqa: B023 - called at once
+                w, _ = speed(POSITIONS), shares.append(speed.share)
             elif planned == "planned":
                 plan = plan_path(
                     lambda c, g: make_frames(a, b, c, {**moves, "latent": c, "generator": g}, mode),  # noqa: B023 - called at once

@@ -73,7 +73,7 @@ def test_numbers_of_a_folder_are_unique(folder):
 
 
 def test_modules_are_named_by_room_and_notebook(names):
-    """`8_app/13_cli.ipynb` writes `carproto.app.cli`; the modules of `0_base` stand in `carproto` itself."""
+    """`8_app/35_cli.ipynb` writes `carproto.app.cli`; the modules of `0_base` stand in `carproto` itself."""
     for module, name in names.items():
         room, stem = Path(name).parent.name.split("_", 1)[1], Path(name).stem.split("_", 1)[1]
         assert module == (stem if room == "base" else f"{room}.{stem}"), name
