@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from carproto.app.report import Section, Slider, write_report
+from carproto.app.report import write_report
+from carproto.app.report_items import Section, Slider
 from carproto.images import to_picture
 from carproto.toycars.dataset import ToyCars
 

@@ -22,7 +22,8 @@ from carproto.app.demo_stages import (
     render_cars,
     train_models,
 )
-from .report import Figure, Section, Slider, Table, write_report
+from .report import write_report
+from .report_items import Figure, Section, Slider
 from ..blend.interpolate import blend_frames
 from ..config import CarprotoError, DemoPlan
 from ..core import sample_latents, seeded
@@ -32,6 +33,7 @@ from ..images import to_tensor
 from ..latent.invert import Inversion
 from ..latent.train_encoder import evaluate_encoder
 from ..run import RunFolder
+from ..tables import Table
 from ..toycars.regressor import FactorRegressor, factor_regressor
 from ..viz import image_grid, plot_curves, save_picture
 

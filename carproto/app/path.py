@@ -17,7 +17,8 @@ from PIL import Image
 
 from .frame_cache import FrameCache, evenly_spaced, measure_similarity
 from .pipeline import CarPipeline
-from .report import Section, Slider, write_report
+from .report import write_report
+from .report_items import Section, Slider
 from ..blend.speed import plan_speed as calibrate
 from ..blend.recipe import BlendRecipe
 from ..config import CarprotoError
