@@ -29,7 +29,7 @@ async def time_paths(studio: IntensityStudio, n: int) -> list[float]:
         studio.car_b.value = (studio.car_b.value + 1) % 16
         taken.append(1000 * (time.perf_counter() - start))
         assert studio.picture.value != before, "no new picture"
-        studio._worker.job = None  # the rest of the path is not wanted here
+        studio.view.worker.job = None  # the rest of the path is not wanted here
         await asyncio.sleep(0.02)
     return taken
 

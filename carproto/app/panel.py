@@ -6,7 +6,8 @@
 __all__ = ['StudioPanel', 'read_upload']
 
 # %% ../../nbs/8_app/11_panel.ipynb #1c5f0d42
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from html import escape
 
@@ -16,11 +17,12 @@ from fastcore.basics import patch
 from traitlets import CFloat
 
 from .frame_cache import FrameCache, evenly_spaced, svg_curves
+from .path import MODE_LABELS
 from .photo_browser import PhotoBrowser
+from ..config import CarprotoError
 from ..viz import encode_picture, image_strip
 
 # %% ../../nbs/8_app/11_panel.ipynb #2cf82a86
-_MODE_LABELS = {"norm": "keep the norm", "slerp": "along the sphere", "lerp": "straight line"}
 _LABEL = {"description_width": "110px"}
 _BUTTON = "148px"
 
@@ -43,6 +45,8 @@ class _Slider(widgets.FloatSlider):
 
 class StudioPanel(widgets.VBox):
     "Hold the widgets of the studio."
+
+    _lock = threading.RLock()  # one for all studios: JupyterLab answers widgets in a second thread
 
     def __init__(self):
         self.pipeline_list = widgets.Dropdown(description="Weights", **_wide())
@@ -82,7 +86,7 @@ class StudioPanel(widgets.VBox):
             min=0, max=1, step=0.05, description="Generator", readout_format=".2f", **_wide()
         )
         self.mode = widgets.Dropdown(
-            options=[(text, mode) for mode, text in _MODE_LABELS.items()], description="Latent path", **_wide()
+            options=[(text, mode) for mode, text in MODE_LABELS.items()], description="Latent path", **_wide()
         )
 
     def _make_file_controls(self) -> None:
@@ -119,6 +123,26 @@ def _rows(self: StudioPanel) -> list[widgets.Widget]:
     return [top, widgets.VBox([self.strip, self.curves, self.sheet, self.sheet_names, self.photo_browser]), saving]
 
 # %% ../../nbs/8_app/11_panel.ipynb #f1a19d71
+@patch
+def run_action(
+    self: StudioPanel,
+    action: Callable,
+    *values: object,  # arguments of the action
+    keep: bool = False,  # keep the line that is there
+) -> None:
+    "Run an action; say what went wrong in the panel, which stays usable."
+    with self._lock:
+        if self.is_quiet:
+            return
+        try:
+            if not keep:
+                self.show_message("")
+            action(*values)
+        except Exception as error:
+            text = str(error) if isinstance(error, CarprotoError) else f"{type(error).__name__}: {error}"
+            self.show_message(text, tone="error")
+
+
 @patch
 def show_message(
     self: StudioPanel,
@@ -200,8 +224,8 @@ def show_sheet(self: StudioPanel, images: torch.Tensor, names: Sequence[str]) ->
     "Show cars to choose from with their names, `_N_SHEET` or fewer."
     self.sheet.value = encode_picture(image_strip(images, scale=80 / images.shape[-1]))
     self.sheet.layout.width = f"{100 * len(names) / _N_SHEET:.2f}%"
-    style = f"flex: 0 0 {100 / _N_SHEET:.3f}%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: center"
-    cells = "".join(f'<span style="{style}" title="{escape(name)}">{escape(name)}</span>' for name in names)
+    style = f"flex: 0 0 {100 / _N_SHEET:.3f}%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap"
+    cells = "".join(f'<span style="{style}; text-align: center" title="{escape(name)}">{escape(name)}</span>' for name in names)
     self.sheet_names.value = f'<div style="display: flex; font-size: 11px; line-height: 1.3">{cells}</div>'
 
 

@@ -186,7 +186,8 @@ _TEMPLATE = """
 <div class="panel"><h3 id="{{ name }}">{{ item.title }}</h3>
 <p class="readout"><b data-intensity></b><span>intensity</span></p>
 <div class="measures">{% for measure in item.curves %}{{ curve(measure, loop.index0) }}{% endfor %}</div></div>
-<div class="controls"><button type="button" data-step="-1" aria-label="One step towards {{ item.first }}">&#8592;</button>
+<div class="controls">
+<button type="button" data-step="-1" aria-label="One step towards {{ item.first }}">&#8592;</button>
 <input type="range" min="0" max="{{ item.urls|length - 1 }}" step="1" value="{{ item.start }}"
 aria-label="Intensity, from {{ item.first }} to {{ item.last }}">
 <button type="button" data-step="1" aria-label="One step towards {{ item.last }}">&#8594;</button>
@@ -203,7 +204,8 @@ aria-label="Intensity, from {{ item.first }} to {{ item.last }}">
 <style>{{ style|safe }}</style></head>
 <body><header><h1>{{ title }}</h1>{% if lead %}<p class="lead">{{ lead }}</p>{% endif %}
 {% if sections|length > 1 %}<nav aria-label="Contents">
-{% for section in sections %}<a href="#s{{ loop.index0 }}">{{ section.heading }}</a>{% endfor %}</nav>{% endif %}</header>
+{% for section in sections %}<a href="#s{{ loop.index0 }}">{{ section.heading }}</a>{% endfor %}</nav>{% endif %}
+</header>
 <main>{% for section in sections %}{% set number = loop.index0 %}
 <section id="s{{ number }}"><h2>{{ section.heading }}</h2>
 {% for paragraph in section.paragraphs %}<p>{{ paragraph }}</p>{% endfor %}
