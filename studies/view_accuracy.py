@@ -18,8 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from carproto.data.backbone import ViewFeatureExtractor
-from carproto.data.dataset import PictureStore, read_metadata
-from carproto.data.duplicates import hash_pictures, make_thumbnails, near_duplicates
+from carproto.data.comparison import hash_pictures, make_thumbnails
+from carproto.data.duplicates import near_duplicates
+from carproto.data.metadata import read_metadata
+from carproto.data.store import PictureStore
 from carproto.data.views import ViewClassifier, choose_confidence, cross_validate, evaluate_views, fit_view_head, save_view_classifier, view_features
 from carproto.images import fit_square, open_picture, to_tensor
 
