@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from carproto.config import CarprotoError
 from carproto.data.align import AlignConfig, align_car, load_outline_classifier, measure_mask
-from carproto.data.dataset import PictureStore, read_metadata
 from carproto.data.masks import Aligner, check_picture, load_segmenter
+from carproto.data.metadata import read_metadata
+from carproto.data.store import PictureStore
 from carproto.files import atomic_path, load_json, save_json
 from carproto.images import open_picture
 from carproto.run import describe_environment

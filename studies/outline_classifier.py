@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from carproto.config import CarprotoError
 from carproto.data.align import _expand, _outline, _outline_features, _shrink, measure_mask
-from carproto.data.dataset import PictureStore, read_metadata
 from carproto.data.masks import mask_name
+from carproto.data.metadata import read_metadata
+from carproto.data.store import PictureStore
 from carproto.files import load_json, save_json
 from carproto.images import open_picture
 from carproto.run import describe_environment
