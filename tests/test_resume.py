@@ -176,6 +176,28 @@ def test_a_killed_demo_ends_as_one_that_was_not(tmp_path, workers):
     assert killed["blend"] == whole["blend"] and killed["encoder"] == whole["encoder"]
 
 
+@pytest.mark.parametrize("killed_in", ["save", "save_best"])
+def test_a_kill_around_the_first_checkpoint_loses_nothing(tmp_path, monkeypatch, killed_in):
+    images, config = ToyCars(40, 16, seed=0).images, TrainConfig(**{**asdict(CONFIG), "steps": 10})
+    options = {"evaluate": lambda G: {"kid": 1.0}, "device": "cpu", "quiet": True}
+    train_gan(images, tmp_path / "whole", config, **options)
+
+    def kill(trainer: Trainer, *_: object) -> None:
+        if trainer.step:  # `save_best` is called when a run starts, too
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"carproto.gan.train.{killed_in}", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train_gan(images, tmp_path / "killed", config, **options)
+    assert len(list_checkpoints(tmp_path / "killed" / "checkpoints")) == (killed_in == "save_best")
+    monkeypatch.undo()
+    train_gan(images, tmp_path / "killed", config, **options)
+    killed, whole = (load_json(tmp_path / name / "best" / "config.json") for name in ("killed", "whole"))
+    assert killed == {**whole, "run": "killed"} and whole["steps"] == 10
+    killed, whole = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(killed[name], value) for name, value in whole.items())
+
+
 @pytest.fixture
 def short_run(tmp_path):
     """Return images and the folder of a run that was stopped after 20 of 40 steps, and the configuration to resume it."""
