@@ -14,7 +14,7 @@ from contextlib import redirect_stderr
 
 import tyro
 
-from .options import Blend, Curate, Demo, Encode, Evaluate, Finetune, Scrape, Subspace, Train
+from .options import Blend, Curate, Demo, Encode, Evaluate, Export, Finetune, Scrape, Subspace, Train
 from ..config import CarprotoError
 
 # %% ../../nbs/8_app/35_cli.ipynb #f8306b91
@@ -28,6 +28,7 @@ COMMANDS = {  # sub-command: dataclass of its options
     "encode": Encode,
     "blend": Blend,
     "evaluate": Evaluate,
+    "export": Export,
 }
 
 
@@ -69,7 +70,7 @@ def run(
     options: object,  # of one sub-command
 ) -> None:
     "Run one sub-command; import its stage, and PyTorch, only here."
-    from carproto.app import commands, latent_commands
+    from carproto.app import commands, latent_commands, live_page
 
     functions = {
         Demo: commands.demo,
@@ -81,6 +82,7 @@ def run(
         Encode: latent_commands.encode,
         Blend: latent_commands.blend,
         Evaluate: commands.evaluate,
+        Export: live_page.export,
     }
     functions[type(options)](options)
 
