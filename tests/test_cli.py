@@ -191,7 +191,7 @@ def test_interrupt_leaves_a_resumable_run(cars, tmp_path):
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(cars, tmp_path):
-    """One process is killed; the undisturbed run and the resumed one have a process of their own, as the killed one had."""
+    """One process is killed; the undisturbed run and the resumed one have their own, as it had."""
     from safetensors.torch import load_file
 
     line = ["train", "--data", str(cars), "--steps", "400", *TINY[:-1], "40"]
