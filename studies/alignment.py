@@ -3,12 +3,12 @@
     python studies/alignment.py --data /photos --masks /masks --network u2netp.onnx --aspect 1.4 --look /tmp/look
     python studies/alignment.py --parts inspection --bad 17:halo 44:part
 
-It writes data/records/align.json, one entry a part: `packs`, `limits`, `mirror_toys`, `mirror_photos`, `masks_of_toys`,
-`timing`, `inspection`. Each entry has its command, commit and machine; `--parts` makes some of them anew. `limits` counts what
-tighter limits of the defect score would accept, and writes sheets of that. Masks come from `--masks`, a folder of a pack's name
-for each pack, or are computed and cached. The sheets show photos, which are never committed. `--bad` takes the numbers of the cars
-that somebody rejected on the sheets, with the reason: part, second, halo or other.
-"""
+It writes data/records/align.json, one entry a part: `packs`, `limits`, `mirror_toys`, `mirror_photos`,
+`masks_of_toys`, `timing`, `inspection`. Each entry has its command, commit and machine; `--parts` makes some of them
+anew. `limits` counts what tighter limits of the defect score would accept, and writes sheets of that. Masks come from
+`--masks`, a folder of a pack's name for each pack, or are computed and cached. The sheets show photos, which are
+never committed. `--bad` takes the numbers of the cars that somebody rejected on the sheets, with the reason: part,
+second, halo or other."""
 
 import argparse
 import math
@@ -168,7 +168,7 @@ def measure_mirror(n: int) -> dict:
 
 
 def measure_photos(file: Path) -> dict:
-    """Count, in the confusion of the cross-validated view classifier, the photos whose nose would be turned to the wrong side."""
+    """Count the photos whose nose the cross-validated view classifier would turn to the wrong side."""
     result = load_json(file)["with_unlabelled"]
     confusion = np.array(result["confusion"])
     sides = {"left": (0, 1), "right": (3, 4)}  # views of either side, as `VIEWS` counts them
@@ -180,7 +180,7 @@ def measure_photos(file: Path) -> dict:
 
 
 def crop_background(photo: Image.Image, mask: Image.Image) -> Image.Image | None:
-    """Make a background of 128 pixels from the strips above and below the car of a photo; None where the strips are too thin."""
+    """Make a background of 128 pixels from the strips above and below a car; None where they are too thin."""
     rows = np.flatnonzero((np.asarray(mask.resize(photo.size)) > 64).any(1))
     if not len(rows) or rows[0] < 0.2 * photo.height or photo.height - rows[-1] < 0.06 * photo.height:
         return None

@@ -2,11 +2,11 @@
 
     python studies/outline_classifier.py --data /photos --masks /masks --out /tmp/outline_classifier
 
-It reads the labels of data/outline_classifier/labels.json (true for a defect) and needs the masks that u2netp made of the packs' photos.
-`--masks` holds a folder of a pack's name for each pack, as studies/alignment.py takes them; they are not part of the repository. A whole
-toy car counts as good, a toy car with a part cut off or added as a defect. It prints the area under the ROC curve and the shares
-accepted and wrong at some limits, all cross-validated, and writes weights and config.json.
-"""
+It reads the labels of data/outline_classifier/labels.json (true for a defect) and needs the masks that u2netp made of
+the packs' photos. `--masks` holds a folder of a pack's name for each pack, as studies/alignment.py takes them; they
+are not part of the repository. A whole toy car counts as good, a toy car with a part cut off or added as a defect. It
+prints the area under the ROC curve and the shares accepted and wrong at some limits, all cross-validated, and writes
+weights and config.json."""
 
 import argparse
 from pathlib import Path
