@@ -9,6 +9,7 @@ tighter limits of the defect score would accept, and writes sheets of that. Mask
 for each pack, or are computed and cached. The sheets show photos, which are never committed. `--bad` takes the numbers of the cars
 that somebody rejected on the sheets, with the reason: part, second, halo or other.
 """
+
 import argparse
 import math
 import os
@@ -39,7 +40,9 @@ PARTS = ("packs", "limits", "mirror_toys", "mirror_photos", "masks_of_toys", "ti
 SEED = 2024  # of the photos that are looked at, and of the backgrounds
 
 
-def open_aligners(data: Path, masks: Path | None, network: str, config: AlignConfig) -> dict[str, tuple[PictureStore, Aligner]]:
+def open_aligners(
+    data: Path, masks: Path | None, network: str, config: AlignConfig
+) -> dict[str, tuple[PictureStore, Aligner]]:
     """Open each pack with the aligner that finds its masks."""
     return {
         name: (PictureStore(data / f"{name}.zip"), Aligner(config, segment=network, masks=masks and masks / name))
@@ -89,16 +92,23 @@ def score_pack(store: PictureStore, aligner: Aligner) -> dict[str, float]:
         except CarprotoError:
             continue
         stretch = 1.0 if unlimited.aspect is None else unlimited.aspect * photo.height / photo.width
-        scores[name] = classify(mask, measure_mask(mask, stretch), stretch=stretch, mirrored=view in ("right", "front-right"))
+        scores[name] = classify(
+            mask, measure_mask(mask, stretch), stretch=stretch, mirrored=view in ("right", "front-right")
+        )
     return scores
 
 
-def measure_limits(scores: dict[str, dict[str, float]], tighter: dict[str, float], packs: dict, n: int, look: Path | None) -> dict:
+def measure_limits(
+    scores: dict[str, dict[str, float]], tighter: dict[str, float], packs: dict, n: int, look: Path | None
+) -> dict:
     """Count what limits of the defect score accept, and write sheets of what the tighter ones accept."""
     limits = (0.15, 0.16, 0.17, 0.18, 0.19, 0.2, 0.21, 0.22, 0.23, 0.24)
-    counts = {pack: {limit: sum(score <= limit for score in row.values()) for limit in limits} for pack, row in scores.items()}
+    counts = {
+        pack: {limit: sum(score <= limit for score in row.values()) for limit in limits} for pack, row in scores.items()
+    }
     accepted = {
-        pack: [name for name, score in row.items() if score <= tighter[pack.split("_")[0]]] for pack, row in scores.items()
+        pack: [name for name, score in row.items() if score <= tighter[pack.split("_")[0]]]
+        for pack, row in scores.items()
     }
     chosen = sample_accepted(accepted, n, set(load_json(Path("data/outline_classifier/labels.json"))))
     if look:
@@ -114,7 +124,9 @@ def measure_limits(scores: dict[str, dict[str, float]], tighter: dict[str, float
 
 def sample_accepted(accepted: dict[str, list[str]], n: int, seen: set[str]) -> list[tuple[str, str]]:
     """Choose n accepted photos of all packs in proportion, without those on which the outline classifier was fitted."""
-    fresh = [(pack, name) for pack in PACKS for name in sorted(accepted[pack]) if f"{pack}/{Path(name).name}" not in seen]
+    fresh = [
+        (pack, name) for pack in PACKS for name in sorted(accepted[pack]) if f"{pack}/{Path(name).name}" not in seen
+    ]
     chosen = np.random.default_rng(SEED).permutation(len(fresh))[:n]
     return [fresh[i] for i in sorted(chosen)]
 
@@ -161,7 +173,9 @@ def measure_photos(file: Path) -> dict:
     confusion = np.array(result["confusion"])
     sides = {"left": (0, 1), "right": (3, 4)}  # views of either side, as `VIEWS` counts them
     right = int(sum(confusion[np.ix_(views, views)].sum() for views in sides.values()))
-    wrong = int(confusion[np.ix_(sides["left"], sides["right"])].sum() + confusion[np.ix_(sides["right"], sides["left"])].sum())
+    wrong = int(
+        confusion[np.ix_(sides["left"], sides["right"])].sum() + confusion[np.ix_(sides["right"], sides["left"])].sum()
+    )
     return {"record": file.name, "n": right + wrong, "wrong": wrong, "share_right": round(right / (right + wrong), 4)}
 
 
@@ -182,7 +196,9 @@ def sample_backgrounds(n: int, packs: dict) -> list[Image.Image]:
     pictures = [Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)) for _ in range(n - n // 2)]
     pictures = [picture.resize((128, 128), Image.Resampling.BICUBIC) for picture in pictures]
     store, aligner = packs["common_cars_train"]
-    streets = [name for name in store.names if Path(name).name.startswith("photo_")]  # the others stand before studio walls
+    streets = [
+        name for name in store.names if Path(name).name.startswith("photo_")
+    ]  # the others stand before studio walls
     for i in rng.permutation(len(streets)):
         data = store.read(streets[i])
         mask = aligner.find_mask(store, streets[i], data)
@@ -264,7 +280,12 @@ def measure_time(network: str, packs: dict, n: int) -> dict:
         except CarprotoError:
             kind = "align_rejected"
         times[kind].append((time.perf_counter() - wall, time.process_time() - cpu))
-    result = {"n": n, "size": 128, "load_average": [round(load, 1), round(os.getloadavg()[0], 1)], "n_cores": os.cpu_count()}
+    result = {
+        "n": n,
+        "size": 128,
+        "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "n_cores": os.cpu_count(),
+    }
     for kind, pairs in times.items():
         wall, cpu = np.array(pairs).T
         result[kind] = {
@@ -284,13 +305,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help=f"folder with {', '.join(PACKS)} as zip")
     parser.add_argument("--network", help="file of u2netp")
     parser.add_argument("--masks", type=Path, help="folder that holds a folder of masks for each pack")
-    parser.add_argument("--aspect", type=float, help="width by height of the photos when they were taken, where they were squashed")
+    parser.add_argument(
+        "--aspect", type=float, help="width by height of the photos when they were taken, where they were squashed"
+    )
     parser.add_argument("--n_toys", type=int, default=500)
     parser.add_argument("--n_timed", type=int, default=100)
     parser.add_argument("--n_looked", type=int, default=200, help="accepted cars on the sheets")
-    parser.add_argument("--tighter", nargs=2, type=float, default=(0.19, 0.23), help="limits for common and concept cars")
+    parser.add_argument(
+        "--tighter", nargs=2, type=float, default=(0.19, 0.23), help="limits for common and concept cars"
+    )
     parser.add_argument("--look", type=Path, help="folder for sheets of accepted cars and of toy cars")
-    parser.add_argument("--bad", nargs="*", default=[], help="numbers on the sheets that are bad, with the reason, such as 17:halo")
+    parser.add_argument(
+        "--bad", nargs="*", default=[], help="numbers on the sheets that are bad, with the reason, such as 17:halo"
+    )
     parser.add_argument("--note", default="", help="a sentence for the record of the inspection")
     parser.add_argument("--out", type=Path, default=Path("data/records/align.json"))
     return parser.parse_args()
@@ -337,7 +364,9 @@ def main() -> None:
         ),
         "mirror_toys": lambda: measure_mirror(200),
         "mirror_photos": lambda: measure_photos(Path("data/records/views.json")),
-        "masks_of_toys": lambda: measure_toys(arguments.network, arguments.n_toys, packs, arguments.masks, arguments.look),
+        "masks_of_toys": lambda: measure_toys(
+            arguments.network, arguments.n_toys, packs, arguments.masks, arguments.look
+        ),
         "timing": lambda: measure_time(arguments.network, packs, arguments.n_timed),
         "inspection": lambda: describe_inspection(arguments.bad, record["packs"], arguments.note),
     }

@@ -7,6 +7,7 @@ It reads the labels of data/outline_classifier/labels.json (true for a defect) a
 toy car counts as good, a toy car with a part cut off or added as a defect. It prints the area under the ROC curve and the shares
 accepted and wrong at some limits, all cross-validated, and writes weights and config.json.
 """
+
 import argparse
 from pathlib import Path
 
@@ -41,7 +42,9 @@ def describe_mask(mask: Image.Image, stretch: float, mirrored: bool) -> np.ndarr
     return np.concatenate([_outline_features(outline[:, ::-1] if mirrored else outline), logarithms])
 
 
-def describe_photos(labels: dict[str, bool], data: Path, masks: Path, aspect: float) -> tuple[list[np.ndarray], list[bool]]:
+def describe_photos(
+    labels: dict[str, bool], data: Path, masks: Path, aspect: float
+) -> tuple[list[np.ndarray], list[bool]]:
     """Describe the masks of all labelled photos."""
     inputs, is_bad = [], []
     for pack in sorted({name.split("/")[0] for name in labels}):
@@ -105,7 +108,9 @@ def expand(state: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     outlines, numbers = x[:, :480] - state["mu"], x[:, 480:]
     components = outlines @ state["v"].T
     residual = np.sqrt(((outlines - components @ state["v"]) ** 2).sum(1, keepdims=True))
-    return _expand(components / state["sd"], (residual - state["rm"]) / state["rs"], (numbers - state["nm"]) / state["ns"])
+    return _expand(
+        components / state["sd"], (residual - state["rm"]) / state["rs"], (numbers - state["nm"]) / state["ns"]
+    )
 
 
 def fit(x: np.ndarray, is_bad: np.ndarray, ridge: float) -> dict[str, np.ndarray]:
@@ -160,7 +165,13 @@ def main() -> None:
     toys, toy_labels = describe_toys(240, 160)
     x, is_bad = np.array(photos + toys), np.array(labels + toy_labels)
     held_out, truth = cross_validate(x, is_bad, arguments.ridge)[: len(photos)], is_bad[: len(photos)]
-    report = {"n_photos": len(photos), "n_toys": 240, "n_spoiled_toys": 160, "n_bad": int(is_bad.sum()), "n_folds": N_FOLDS}
+    report = {
+        "n_photos": len(photos),
+        "n_toys": 240,
+        "n_spoiled_toys": 160,
+        "n_bad": int(is_bad.sum()),
+        "n_folds": N_FOLDS,
+    }
     report["auc"] = round(measure_auc(held_out, truth), 4)
     for limit in (0.15, 0.18, 0.21, 0.24):
         accepted = held_out <= limit
@@ -171,7 +182,10 @@ def main() -> None:
     state = fit(x, is_bad, arguments.ridge)
     arguments.out.mkdir(parents=True, exist_ok=True)
     types = {name: np.float16 if name in ("mu", "v") else np.float32 for name in state}
-    save_file({name: np.ascontiguousarray(value, types[name]) for name, value in state.items()}, arguments.out / "model.safetensors")
+    save_file(
+        {name: np.ascontiguousarray(value, types[name]) for name, value in state.items()},
+        arguments.out / "model.safetensors",
+    )
     config = {"kind": "outline classifier", "format": 1, "numbers": NUMBERS, "offsets": OFFSETS, "report": report}
     save_json(config, arguments.out / "config.json")
     print(describe_command(), describe_environment()["commit"], report)
