@@ -30,8 +30,9 @@ from .metadata import find_picture, list_manifests, spell_names
 from .quality import assess_quality
 from .store import PictureStore, list_folder
 from .views import KEPT_VIEWS, VIEWS
-from ..files import atomic_path, format_line, lock_folder, read_file, read_json_lines, save_json, write_lines
+from ..files import atomic_path, lock_folder, read_file, save_json
 from ..images import decoded_picture, fit_square, to_tensor
+from ..json_lines import format_line, read_json_lines, write_lines
 from ..scrape.manifest import list_reasons
 from ..viz import image_grid
 

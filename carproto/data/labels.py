@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from ..config import CarprotoError
-from ..files import format_line, read_json_lines
+from ..json_lines import format_line, read_json_lines
 
 # %% ../../nbs/3_data/11_labels.ipynb #0a32695f
 def labels_path(

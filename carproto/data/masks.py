@@ -26,9 +26,9 @@ from .align import DEFAULT_ALIGN, AlignConfig, align_car, check_mask, config_of,
 from .store import PictureStore
 from ..files import atomic_path, cache_folder, import_extra, load_json
 from ..images import PICTURE_FORMATS, open_picture
+from ..releases import download
 from ..toycars.paint import render_car
 from ..toycars.shape import CarFactors
-from ..weights import download
 
 # %% ../../nbs/3_data/08_masks.ipynb #a7060df2
 _RELEASES = "https://github.com/danielgatis/rembg/releases/download/v0.0.0"

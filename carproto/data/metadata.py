@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 
 from ..config import CarprotoError
 from .store import PictureStore
-from ..files import parse_lines
+from ..json_lines import parse_lines
 
 # %% ../../nbs/3_data/04_metadata.ipynb #b951ae18
 _MAX_LINES_BYTES = 1_000_000_000  # of a metadata.jsonl

@@ -28,8 +28,7 @@ from ..weights import load_config, load_state, save_weights, whole, word
 # eight views, clockwise from the left
 VIEWS = ("left", "front-left", "front", "front-right", "right", "rear-left", "rear", "rear-right")
 KEPT_VIEWS = ("left", "front-left", "front-right")  # views that face left or front
-_MIRRORED_VIEWS = ("right", "front-right", "front", "front-left", "left", "rear-right", "rear", "rear-left")
-_MIRRORED = [VIEWS.index(view) for view in _MIRRORED_VIEWS]
+_MIRRORED = [4, 3, 2, 1, 0, 7, 6, 5]  # index of each view's mirror image
 _POSES = {  # turn of the camera from the front-left view in degrees, and whether the picture is mirrored
     "left": (46, False), "front-left": (0, False), "front": (-33, False), "front-right": (0, True),
     "right": (46, True), "rear-left": (100, True), "rear": (133, False), "rear-right": (100, False),
@@ -108,9 +107,8 @@ def fit_view_head(
     wrong = sorted(set(views) - set(VIEWS))
     if wrong or len(views) != features.shape[1] or not len(views):
         given = ", ".join(wrong) or len(views)
-        raise CarprotoError(
-            f"give one view for each of {features.shape[1]} pictures, out of {', '.join(VIEWS)}; not {given}"
-        )
+        n = features.shape[1]
+        raise CarprotoError(f"give one view for each of {n} pictures, out of {', '.join(VIEWS)}; not {given}")
     labels = torch.tensor([VIEWS.index(view) for view in views])
     labels = torch.cat([labels, torch.tensor(_MIRRORED)[labels]])
     known = features.flatten(0, 1)
@@ -275,9 +273,8 @@ def save_view_classifier(
 ) -> Path:  # the folder
     "Write a head as safetensors (half precision) and config.json; the backbone's weights stay where they are."
     if not isinstance(classifier.extractor, ViewFeatureExtractor):
-        raise CarprotoError(
-            "only a classifier on a ViewFeatureExtractor can be saved: config.json cannot name another extractor"
-        )
+        reason = "config.json cannot name another extractor"
+        raise CarprotoError(f"only a classifier on a ViewFeatureExtractor can be saved: {reason}")
     backbone = {"size": classifier.extractor.size, "style": classifier.extractor.style}
     config = {"kind": "view classifier", "views": VIEWS, "backbone": backbone, "report": report or {}}
     state = {"mean": classifier.head.mean, "weights": classifier.head.weights}
@@ -290,9 +287,8 @@ def load_view_classifier(
 ) -> ViewClassifier:  # a function of images
     "Load a classifier; raise `CarprotoError` when the folder holds none."
     fields = {"views": lambda value: value == list(VIEWS), "backbone": lambda value: isinstance(value, dict)}
-    config = load_config(
-        folder, "view classifier", fields, version=2, hint=": an older one is fitted again from its labels"
-    )
+    hint = ": an older one is fitted again from its labels"
+    config = load_config(folder, "view classifier", fields, version=2, hint=hint)
     size, style = (config["backbone"].get(name) for name in ("size", "style"))
     if not whole(96, 1024)(size) or not word("torchvision", "tensorflow")(style):
         wrong = f"{str(size)[:20]!r} pixels in style {str(style)[:20]!r}"

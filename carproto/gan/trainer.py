@@ -268,7 +268,12 @@ def init_from_parent(
 ) -> None:
     "Take weights, EMA, Adam's moments and LeCam's means from a parent run; all else is this run's own."
     own_state = self.state_dict()
-    state = {**own_state, **parent, **{name: own_state[name] for name in ("loader", "noise", "fused_layers")}, "step": 0}
+    state = {
+        **own_state,
+        **parent,
+        **{name: own_state[name] for name in ("loader", "noise", "fused_layers")},
+        "step": 0,
+    }
     for name in ("F", "optimizer_f", "features"):
         if self.heads is None:
             state.pop(name, None)
