@@ -1,4 +1,5 @@
 """The peers of the benchmark. Each is given the same pictures and does the same work: two steps of D and one of G, hinge loss, Adam."""
+
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -151,7 +152,9 @@ class PlainDown(nn.Module):
         h = self.conv2(F.relu(self.conv1(x if self.is_first else F.relu(x))))
         if not self.pool:
             return h + x
-        return F.avg_pool2d(h, 2) + (self.shortcut(F.avg_pool2d(x, 2)) if self.is_first else F.avg_pool2d(self.shortcut(x), 2))
+        return F.avg_pool2d(h, 2) + (
+            self.shortcut(F.avg_pool2d(x, 2)) if self.is_first else F.avg_pool2d(self.shortcut(x), 2)
+        )
 
 
 class PlainGenerator(nn.Module):
@@ -232,7 +235,13 @@ def make_ours(work: Work, *, precision: str = "auto", full: bool = False, **opti
     """Build the trainer; `full` adds DiffAugment and LeCam, which no other peer has; options are the trainer's."""
     regularisation = {"lecam_start": 0} if full else {"augment": None, "lecam_weight": 0.0}
     config = TrainConfig(
-        size=work.size, width=work.width, z_dim=Z_DIM, batch=work.batch, d_steps=D_STEPS, precision=precision, **regularisation
+        size=work.size,
+        width=work.width,
+        z_dim=Z_DIM,
+        batch=work.batch,
+        d_steps=D_STEPS,
+        precision=precision,
+        **regularisation,
     )
     device = torch.device(work.device)
     trainer = Trainer(work.photos(), config, device, **options)
@@ -243,7 +252,9 @@ def make_ours(work: Work, *, precision: str = "auto", full: bool = False, **opti
         trainer.step_generator()
 
     flop = count_flop(partial(make_plain_nets, work), work.batch)
-    return Peer(step, flop, pick_precision(device) if precision == "auto" else precision, count_parameters(trainer.G, trainer.D))
+    return Peer(
+        step, flop, pick_precision(device) if precision == "auto" else precision, count_parameters(trainer.G, trainer.D)
+    )
 
 
 # --- what the hardware can do

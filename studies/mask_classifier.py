@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from carproto.config import CarprotoError
 from carproto.data.align import AlignConfig
-from carproto.data.dataset import PictureStore, read_metadata
 from carproto.data.mask_classifier import MaskClassifier, classifier_tensor, frame_layers, hide_surroundings
 from carproto.data.mask_limits import check_limits
 from carproto.data.masks import mask_name
 from carproto.data.matte import bounding_box, main_part
+from carproto.data.metadata import read_metadata
+from carproto.data.store import PictureStore
 from carproto.files import load_json
 from carproto.images import open_picture
 from carproto.run import describe_environment

@@ -6,6 +6,7 @@
 Heads on SqueezeNet's frozen features train beside the discriminator; MobileNetV2 at 96 px measures. One seed, since the run is long. Where
 the run's folder is lost, `--milestone data/milestones/photo64` goes on from the committed weights, with Adam's moments at zero.
 """
+
 import argparse
 import sys
 from pathlib import Path
@@ -34,11 +35,15 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="photos of common cars: folder or zip")
     parser.add_argument("--heldout", type=Path, required=True, help="held-out ones")
-    parser.add_argument("--masks", type=Path, help="folder with a folder of masks for each set, by its name; default: beside the set")
+    parser.add_argument(
+        "--masks", type=Path, help="folder with a folder of masks for each set, by its name; default: beside the set"
+    )
     parser.add_argument("--aspect", type=float, help="width by height of squashed photos; default: their own")
     parser.add_argument("--extractor", type=Path, required=True, help="MobileNetV2 weights, which measure")
     parser.add_argument("--feature_path", type=Path, help="SqueezeNet 1.1 weights, which train; default: torchvision's")
-    parser.add_argument("--run", type=Path, default=Path("runs/photo64"), help="the run's folder; one that is there goes on")
+    parser.add_argument(
+        "--run", type=Path, default=Path("runs/photo64"), help="the run's folder; one that is there goes on"
+    )
     parser.add_argument("--milestone", type=Path, help="weights to start a new run from")
     parser.add_argument("--max_minutes", type=float, help="stop cleanly after so long; default: never")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")

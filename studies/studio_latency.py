@@ -5,6 +5,7 @@
 The 128 px generators are untrained: their pictures are worthless, their time is that of trained ones. A browser adds some 20 ms to each
 picture. Needs a quiet machine.
 """
+
 import argparse
 import asyncio
 import statistics
@@ -28,7 +29,7 @@ async def time_paths(studio: IntensityStudio, n: int) -> list[float]:
         studio.car_b.value = (studio.car_b.value + 1) % 16
         taken.append(1000 * (time.perf_counter() - start))
         assert studio.picture.value != before, "no new picture"
-        studio._worker.job = None  # the rest of the path is not wanted here
+        studio.view.worker.job = None  # the rest of the path is not wanted here
         await asyncio.sleep(0.02)
     return taken
 
@@ -49,7 +50,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/records/studio.json"))
     arguments = parser.parse_args()
     studios = {
-        "toy64, released": open_pipeline([load_generator(f"toy64/{part}", "cpu") for part in ("common", "futuristic")], 64),
+        "toy64, released": open_pipeline(
+            [load_generator(f"toy64/{part}", "cpu") for part in ("common", "futuristic")], 64
+        ),
         "128 px, width 64, untrained": open_pipeline([Generator(128, 128, 64, seed=i) for i in (0, 1)], 128),
     }
     record = {"first_picture_ms": {name: {} for name in studios}}

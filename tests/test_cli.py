@@ -1,4 +1,5 @@
 """The command `carproto`: most cases through `main` in this process, a few as installed, with real interrupts."""
+
 import inspect
 import json
 import os
@@ -72,7 +73,9 @@ def test_help_needs_less_than_a_second(tmp_path):
 
 
 def test_help_of_every_command_needs_no_torch(tmp_path):
-    done = subprocess.run([sys.executable, "-c", HELP, *COMMANDS], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *COMMANDS], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr[-800:]
 
 
@@ -193,7 +196,11 @@ def test_a_killed_run_ends_like_an_undisturbed_one(cars, tmp_path):
     line = ["train", "--data", str(cars), "--steps", "400", *TINY[:-1], "40"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [CARPROTO, *line, "--run", "killed"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [CARPROTO, *line, "--run", "killed"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("killed/checkpoints/*.pt")) and process.poll() is None and time.monotonic() < deadline:

@@ -1,4 +1,5 @@
 """The labelling panel in JupyterLab, in a real browser: buttons, keys, undo, and the saved labels."""
+
 import sys
 from pathlib import Path
 
@@ -145,7 +146,9 @@ def test_a_new_panel_goes_on_and_ends(page, photos):
     wait_for_count(page, 12)
     page.locator(".carproto-undo").click()
     page.wait_for_selector(".carproto-message [role=alert]")
-    assert "no label of this session" in page.locator(".carproto-message").inner_text() and read_labels(photos) == labels
+    assert (
+        "no label of this session" in page.locator(".carproto-message").inner_text() and read_labels(photos) == labels
+    )
     page.locator(".carproto-key input").click()
     for count in range(13, N + 1):
         page.keyboard.press(KEY_OF[truth_of(visible(page))])

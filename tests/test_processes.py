@@ -1,4 +1,5 @@
 """Training by two processes: the same gradients as one, one writer, and an exact resume."""
+
 import json
 import os
 import subprocess
@@ -50,7 +51,9 @@ def gradients(trainer: Trainer) -> dict:
 def test_two_processes_learn_what_one_with_the_whole_batch_learns(tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     environment = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([*LAUNCHER, tmp_path / "child.py", tmp_path], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*LAUNCHER, tmp_path / "child.py", tmp_path], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     both = [torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1)]
     alone = make_trainer()
@@ -95,7 +98,9 @@ def test_two_processes_write_one_run_and_resume_exactly(tmp_path):
     assert uneven.returncode != 0 and "multiple of 2" in uneven.stderr
 
 
-@pytest.mark.parametrize("launcher", [{"WORLD_SIZE": "2"}, ["accelerate", "launch", "--cpu", "--num_processes", "2", "--no_python"]])
+@pytest.mark.parametrize(
+    "launcher", [{"WORLD_SIZE": "2"}, ["accelerate", "launch", "--cpu", "--num_processes", "2", "--no_python"]]
+)
 def test_a_launch_that_does_not_join_ends_in_one_line(tmp_path, launcher):
     ToyCars(40, 16, seed=2).save(tmp_path / "cars")
     front = [BIN / launcher[0], *launcher[1:]] if isinstance(launcher, list) else []

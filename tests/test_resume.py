@@ -1,4 +1,5 @@
 """A training run that is killed, cut short or out of space resumes exactly where it can, and says so where it cannot."""
+
 import errno
 import json
 import os
@@ -156,7 +157,9 @@ def test_a_killed_subspace_run_leaves_a_whole_run_or_none(tmp_path, workers, n_k
             assert RunFolder(made).config()["z_dim"] == 5 and load_checkpoint(made / "checkpoints")["step"] == 2
             shutil.rmtree(made)
     assert workers.run("subspace", made) == 0
-    assert all(torch.equal(load_file(made / "final" / "model.safetensors")[name], value) for name, value in expected.items())
+    assert all(
+        torch.equal(load_file(made / "final" / "model.safetensors")[name], value) for name, value in expected.items()
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "source", "whole"]
 
 
@@ -243,10 +246,16 @@ def test_weights_that_are_not_finite_are_never_saved(short_run, monkeypatch):
     before, final = list_checkpoints(run / "checkpoints"), load_file(run / "final" / "model.safetensors")
     monkeypatch.setattr("carproto.gan.train.Clock.wants_save", lambda clock, is_report: True)
     poison(monkeypatch, 23)
-    with pytest.raises(CarprotoError, match="holds NaN or infinity at step 23.*the last good checkpoint is .*step_00000022.pt"):
+    with pytest.raises(
+        CarprotoError, match="holds NaN or infinity at step 23.*the last good checkpoint is .*step_00000022.pt"
+    ):
         train_gan(images, run, config, device="cpu", quiet=True)
-    assert load_checkpoint(run / "checkpoints")["step"] == 22 and len(list_checkpoints(run / "checkpoints")) == len(before)
-    assert all(torch.equal(load_file(run / "final" / "model.safetensors")[name], value) for name, value in final.items())
+    assert load_checkpoint(run / "checkpoints")["step"] == 22 and len(list_checkpoints(run / "checkpoints")) == len(
+        before
+    )
+    assert all(
+        torch.equal(load_file(run / "final" / "model.safetensors")[name], value) for name, value in final.items()
+    )
     monkeypatch.undo()
     assert train_gan(images, run, config, device="cpu", quiet=True).finished
 
@@ -366,7 +375,9 @@ def test_a_full_disk_at_the_end_loses_nothing(short_run, monkeypatch):
     with pytest.raises(CarprotoError, match="final/model.safetensors: No space left on device"):
         train_gan(images, run, config, device="cpu", quiet=True)
     monkeypatch.undo()
-    assert all(torch.equal(load_file(run / "final" / "model.safetensors")[name], value) for name, value in before.items())
+    assert all(
+        torch.equal(load_file(run / "final" / "model.safetensors")[name], value) for name, value in before.items()
+    )
     assert load_checkpoint(run / "checkpoints")["step"] == 40 and not list((run / "final").glob(".*"))
     result = train_gan(images, run, config, device="cpu", quiet=True)
     assert best_generator(run, "cpu").fingerprint() == result.generator.fingerprint()
@@ -410,6 +421,8 @@ def test_a_checkpoint_of_another_network_is_refused(short_run, tmp_path):
 def test_compiled_networks_learn_the_same(tmp_path):
     images = ToyCars(40, 16, seed=0).images
     config = TrainConfig(**{**asdict(CONFIG), "steps": 3, "precision": "fp32", "augment": None})
-    runs = [train_gan(images, tmp_path / str(c), config, device="cpu", quiet=True, compile=c).run for c in (False, True)]
+    runs = [
+        train_gan(images, tmp_path / str(c), config, device="cpu", quiet=True, compile=c).run for c in (False, True)
+    ]
     plain, compiled = (run.stats()[-1] for run in runs)
     assert all(abs(plain[name] - compiled[name]) < 1e-3 for name in ("loss_d", "loss_g", "logit_real", "logit_fake"))

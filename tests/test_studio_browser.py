@@ -3,6 +3,7 @@
 Needs Chromium and the Python package playwright. Where they are missing the tests are skipped, except where CI is set: there they fail.
 Screenshots go to artifacts/screenshots.
 """
+
 import io
 import json
 import math
@@ -14,15 +15,20 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from carproto.app.report import Section, Slider, write_report
+from carproto.app.report import write_report
+from carproto.app.report_items import Section, Slider
 from carproto.images import to_picture
 from carproto.toycars.dataset import ToyCars
 
 sys.path.insert(0, str(Path(__file__).parent))
 from jupyter import SHOTS, browser, serve_lab, write_notebook  # noqa: E402, F401
 
-MAX_LATENCY = float(os.environ.get("CARPROTO_MAX_LATENCY_MS", "5000"))  # 80 on two quiet cores; a busy machine says nothing about the panel
-MAX_PATH = float(os.environ.get("CARPROTO_MAX_PATH_MS", "8000"))  # to the first frame of a new path: 300 on two quiet cores
+MAX_LATENCY = float(
+    os.environ.get("CARPROTO_MAX_LATENCY_MS", "5000")
+)  # 80 on two quiet cores; a busy machine says nothing about the panel
+MAX_PATH = float(
+    os.environ.get("CARPROTO_MAX_PATH_MS", "8000")
+)  # to the first frame of a new path: 300 on two quiet cores
 SETUP = """
 import torch
 from carproto.core import sample_latents
@@ -81,7 +87,12 @@ def open_notebook(browser, url: str):  # noqa: F811
     page.set_default_timeout(120_000)
     page.complaints = []
     page.on("pageerror", lambda error: page.complaints.append(str(error)))
-    page.on("console", lambda message: page.complaints.append(f"{message.text} ({message.location})") if message.type == "error" else None)
+    page.on(
+        "console",
+        lambda message: (
+            page.complaints.append(f"{message.text} ({message.location})") if message.type == "error" else None
+        ),
+    )
     page.goto(url)
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=90_000)
     page.evaluate(
@@ -174,7 +185,9 @@ def options(page, name: str) -> list[str]:
 
 def text(page, words: str) -> str:
     """Wait until the line below the controls holds these words, and return it."""
-    page.wait_for_function("words => document.querySelector('.carproto-message').innerText.includes(words)", arg=words, timeout=60_000)
+    page.wait_for_function(
+        "words => document.querySelector('.carproto-message').innerText.includes(words)", arg=words, timeout=60_000
+    )
     return page.locator(".carproto-message").inner_text()
 
 
@@ -199,18 +212,25 @@ def photograph(page, name: str, top: str = ".carproto-studio") -> None:
     """Take pictures of the panel, from a part on, in both themes and two widths; check that nothing is cut off or covers something else."""
     for width, theme in ((1400, "Light"), (900, "Light"), (900, "Dark"), (1400, "Dark")):
         page.set_viewport_size({"width": width, "height": 1100})
-        page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}")
+        page.evaluate(
+            "theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {theme}"
+        )
         page.wait_for_timeout(1200)
         page.evaluate("top => document.querySelector(top).scrollIntoView()", top)
         page.wait_for_timeout(300)
         page.screenshot(path=SHOTS / f"{name}_{width}_{theme.lower()}.png")
         panel = page.locator(".carproto-studio").bounding_box()
-        parts = page.locator(".carproto-studio :is(select, button, img, input, .noUi-target, .carproto-curves, .carproto-message)")
+        parts = page.locator(
+            ".carproto-studio :is(select, button, img, input, .noUi-target, .carproto-curves, .carproto-message)"
+        )
         boxes = [box for box in (part.bounding_box() for part in parts.all()) if box and box["width"] and box["height"]]
         for i, box in enumerate(boxes):
             assert box["x"] + box["width"] <= panel["x"] + panel["width"] + 1, "a control is cut off"
             for other in boxes[i + 1 :]:
-                wide, high = (min(box[k] + box[s], other[k] + other[s]) - max(box[k], other[k]) for k, s in (("x", "width"), ("y", "height")))
+                wide, high = (
+                    min(box[k] + box[s], other[k] + other[s]) - max(box[k], other[k])
+                    for k, s in (("x", "width"), ("y", "height"))
+                )
                 assert wide <= 1 or high <= 1, f"controls overlap at {width} px: {box} and {other}"
     page.set_viewport_size({"width": 1400, "height": 1100})
     page.evaluate("window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
@@ -223,7 +243,9 @@ def test_keys_move_the_picture(page, work):
     wait_for_picture(page, twin.path.content(30))
     print(f"key to decoded picture: median {statistics.median(times):.0f} ms, slowest {max(times):.0f} ms")
     load = os.getloadavg()[0]
-    (SHOTS / "latency.json").write_text(json.dumps({"median_ms": statistics.median(times), "all_ms": times, "machine_load": load}))
+    (SHOTS / "latency.json").write_text(
+        json.dumps({"median_ms": statistics.median(times), "all_ms": times, "machine_load": load})
+    )
     assert statistics.median(times) <= MAX_LATENCY
     press(page, "End")
     wait_for_picture(page, twin.path.content(40))
@@ -231,7 +253,9 @@ def test_keys_move_the_picture(page, work):
 
 def test_drag_moves_the_picture(page, work):
     _, twin = work
-    handle, bar = (page.locator(f".carproto-intensity {part}").bounding_box() for part in (".noUi-handle", ".noUi-target"))
+    handle, bar = (
+        page.locator(f".carproto-intensity {part}").bounding_box() for part in (".noUi-handle", ".noUi-target")
+    )
     y = handle["y"] + handle["height"] / 2
     page.mouse.move(handle["x"] + handle["width"] / 2, y)
     page.mouse.down()
@@ -245,8 +269,13 @@ def test_drag_moves_the_picture(page, work):
 
 def test_screens_at_both_widths(page):
     photograph(page, "studio")
-    strip, plot = (page.locator(f".carproto-studio {part}").bounding_box() for part in ("img.carproto-strip", ".carproto-curves svg[role=img]"))
-    assert abs(strip["x"] - plot["x"]) <= 1 and abs(strip["width"] - plot["width"]) <= 1, "the curves are not aligned with the strip"
+    strip, plot = (
+        page.locator(f".carproto-studio {part}").bounding_box()
+        for part in ("img.carproto-strip", ".carproto-curves svg[role=img]")
+    )
+    assert abs(strip["x"] - plot["x"]) <= 1 and abs(strip["width"] - plot["width"]) <= 1, (
+        "the curves are not aligned with the strip"
+    )
 
 
 def test_mode_cars_and_second_intensity(page, work):
@@ -282,8 +311,13 @@ def test_save_and_load(page, work):
     folder, twin = work
     for kind in ("png", "jpg", "gif", "json", "html"):
         page.locator(f".carproto-save-{kind}").click()
-        page.wait_for_function(f"document.querySelector('.carproto-message').innerText.includes('blend.{kind}')", timeout=30_000)
-    assert Image.open(folder / "blend.png").convert("RGB").tobytes() == Image.open(io.BytesIO(seen(page))).convert("RGB").tobytes()
+        page.wait_for_function(
+            f"document.querySelector('.carproto-message').innerText.includes('blend.{kind}')", timeout=30_000
+        )
+    assert (
+        Image.open(folder / "blend.png").convert("RGB").tobytes()
+        == Image.open(io.BytesIO(seen(page))).convert("RGB").tobytes()
+    )
     assert Image.open(folder / "blend.gif").n_frames == 80
     assert json.loads((folder / "blend.json").read_text()) == json.loads(twin.write(folder / "twin.json").read_text())
     before = seen(page)
@@ -305,7 +339,9 @@ def test_first_frame_of_a_new_path(released):
         wait_for_rest(released)
         times.append(choose(released, "car-b", f"car {i}"))
     print(f"new path to first picture: median {statistics.median(times):.0f} ms, slowest {max(times):.0f} ms")
-    (SHOTS / "new_path.json").write_text(json.dumps({"median_ms": statistics.median(times), "all_ms": times, "machine_load": os.getloadavg()[0]}))
+    (SHOTS / "new_path.json").write_text(
+        json.dumps({"median_ms": statistics.median(times), "all_ms": times, "machine_load": os.getloadavg()[0]})
+    )
     assert statistics.median(times) <= MAX_PATH
     wait_for_rest(released)
 
@@ -335,7 +371,10 @@ def test_upload_of_a_car(released):
     released.screenshot(path=SHOTS / "released_upload.png")
 
 
-@pytest.mark.parametrize("name, reason", [("car.pdf", "choose a whole png"), ("cut.png", "choose a whole png"), ("huge.png", "shrink it first")])
+@pytest.mark.parametrize(
+    "name, reason",
+    [("car.pdf", "choose a whole png"), ("cut.png", "choose a whole png"), ("huge.png", "shrink it first")],
+)
 def test_upload_of_what_is_no_car(released, name, reason):
     stream = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(stream, "png")
@@ -368,19 +407,30 @@ def test_pick_from_the_album(released, work):
     for i, image in enumerate(ToyCars(19, 128, seed=12).images, 1):
         to_picture(image).resize((144, 96)).save(photos / f"photo {i:02d}.jpg", quality=92)
     (photos / "photo 11.jpg").write_text("<html>not found</html>")
-    source, told_pages = released.locator(".carproto-photo-browser-source input"), released.locator(".carproto-photo-browser-page_status")
+    source, told_pages = (
+        released.locator(".carproto-photo-browser-source input"),
+        released.locator(".carproto-photo-browser-page_status"),
+    )
     source.fill(str(work[0] / "nowhere"))
     source.press("Enter")
     assert "does not exist" in text(released, "nowhere") and not told_pages.is_visible()
     source.fill(str(photos))
     source.press("Enter")
     cells = released.locator(".carproto-photo-browser-grid > div:visible")
-    released.wait_for_function("document.querySelector('.carproto-photo-browser-page_status').innerText.includes('1 to 8 of 19')")
+    released.wait_for_function(
+        "document.querySelector('.carproto-photo-browser-page_status').innerText.includes('1 to 8 of 19')"
+    )
     tab_to(released, "Next page")
     released.keyboard.press("Enter")
-    released.wait_for_function("document.querySelector('.carproto-photo-browser-page_status').innerText.includes('9 to 16 of 19')")
+    released.wait_for_function(
+        "document.querySelector('.carproto-photo-browser-page_status').innerText.includes('9 to 16 of 19')"
+    )
     released.wait_for_function(SHOWN, arg=7)
-    assert cells.count() == 8 and "cannot be read" in cells.nth(2).inner_text() and released.locator(".carproto-message").inner_text() == ""
+    assert (
+        cells.count() == 8
+        and "cannot be read" in cells.nth(2).inner_text()
+        and released.locator(".carproto-message").inner_text() == ""
+    )
     press(released, "End")
     photograph(released, "album", ".carproto-sheet")
     press(released, "Home")
@@ -396,7 +446,9 @@ def test_pick_from_the_album(released, work):
     released.keyboard.press("Enter")
     text(released, "photo 14 is")  # inverted, or an outlier: it is a common car
     wait_for_rest(released)
-    chosen = [released.locator(f".carproto-car-{end} select").evaluate("list => list.selectedOptions[0].text") for end in "ab"]
+    chosen = [
+        released.locator(f".carproto-car-{end} select").evaluate("list => list.selectedOptions[0].text") for end in "ab"
+    ]
     assert [name.replace("\xa0", " ") for name in chosen] == ["photo 13", "photo 14"] and seen(released) != before
     assert not released.complaints
 

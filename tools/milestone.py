@@ -4,6 +4,7 @@
 
 `read_milestone` gives what `train_gan(..., parent=...)` takes. Adam's moments are not kept: they start at zero.
 """
+
 import argparse
 from pathlib import Path
 

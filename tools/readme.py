@@ -5,6 +5,7 @@ from the root of the repository.
 
     python tools/readme.py
 """
+
 import posixpath
 import re
 from pathlib import Path

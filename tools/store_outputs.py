@@ -4,6 +4,7 @@ Cells marked `eval: false`, `slow` or `cuda` keep the outputs that they have. On
 
     python tools/store_outputs.py nbs/0_base/01_core.ipynb ...      # these; none named means all
 """
+
 import argparse
 import re
 import sys
@@ -51,11 +52,15 @@ def main() -> None:
     """Run each named notebook and write it back."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path)
-    paths = parser.parse_args().notebooks or sorted(p for p in Path("nbs").rglob("*.ipynb") if "checkpoints" not in str(p))
+    paths = parser.parse_args().notebooks or sorted(
+        p for p in Path("nbs").rglob("*.ipynb") if "checkpoints" not in str(p)
+    )
     for path in tqdm(paths, desc="notebooks"):
         notebook = nbformat.read(path, as_version=4)
         resources = {"metadata": {"path": str(path.parent)}}
-        client = StoringClient(notebook, timeout=900, kernel_name="python3", store_widget_state=False, resources=resources)
+        client = StoringClient(
+            notebook, timeout=900, kernel_name="python3", store_widget_state=False, resources=resources
+        )
         try:
             client.execute()
         except Exception as error:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .calibrate import perceptual_embedding, rank_correlation, worst_step
 from .interpolate import blend_generators, blend_latents, check_intensities
+from .speed import perceptual_embedding, rank_correlation, worst_step
 from ..config import CarprotoError
 from ..core import sample_latents, seeded
 from ..eval.features import FeatureExtractor, extract_features
