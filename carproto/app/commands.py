@@ -20,8 +20,9 @@ from ..config import CarprotoError, TrainConfig
 from ..data.align import AlignConfig, frame_of
 from ..data.curate import contact_sheet, count_reasons
 from ..data.curate import curate as curate_photos
+from ..data.frames import find_aligner
 from ..data.heldout import open_both, open_unseen
-from ..data.masks import Aligner, find_aligner
+from ..data.masks import Aligner
 from ..data.views import KEPT_VIEWS, load_view_classifier
 from ..eval.features import FeatureExtractor, feature_extractor
 from ..eval.metrics import Evaluator
