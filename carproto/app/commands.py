@@ -20,8 +20,8 @@ from ..config import CarprotoError
 from ..data.align import AlignConfig, frame_of
 from ..data.curate import contact_sheet, count_reasons
 from ..data.curate import curate as curate_photos
-from ..data.heldout import open_both, open_unseen
 from ..data.frames import find_aligner
+from ..data.heldout import open_both, open_unseen
 from ..data.masks import Aligner
 from ..data.views import KEPT_VIEWS, load_view_classifier
 from ..eval.features import feature_extractor

@@ -24,8 +24,8 @@ from ..config import CarprotoError
 from ..core import progress
 from .comparison import hash_pictures, make_thumbnails
 from .duplicates import near_duplicates
-from .labels import read_labels
 from .frames import ALIGN_FILE
+from .labels import read_labels
 from .masks import Aligner
 from .metadata import find_picture, list_manifests, spell_names
 from .quality import assess_quality

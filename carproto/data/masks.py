@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 from ..config import CarprotoError
 from ..core import progress as progress_bar
 from .align import DEFAULT_ALIGN, AlignConfig, align_car, needs_mirror
-from .store import PictureStore
 from .mask_classifier import check_mask
 from .mask_limits import measure_mask
 from .segmenter import load_segmenter
+from .store import PictureStore
 from ..files import atomic_path, cache_folder
 from ..images import PICTURE_FORMATS, open_picture
 from ..toycars.paint import render_car
