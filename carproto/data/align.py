@@ -34,7 +34,7 @@ class AlignConfig:
     mask_model: str = "u2netp"  # segmentation network, see `load_segmenter`
     alpha: tuple[float, float] = (0.35, 0.75)  # mask values, 0 to 1, that become transparent and opaque
     classifier: str | None = "mask_classifier"  # its weights, a folder or the name of a release; None applies the limits alone
-    max_defect_score: float = 0.15  # of the mask classifier, 0 to 1
+    max_defect_score: float = 0.14  # of the mask classifier, 0 to 1
     min_area: float = 0.03  # of the car, share of the picture
     max_area: float = 0.92  # of the car, share of the picture
     max_blur: float = 0.10  # width of the mask's soft edge, share of the car's size (root of its area)
