@@ -19,7 +19,7 @@ import torch
 
 from ..config import CarprotoError, TrainConfig
 from ..core import find_nonfinite, pick_device, progress, sample_latents
-from ..files import load_json, lock_folder, remove_leftovers, save_json
+from ..files import lock_folder, remove_leftovers, save_json
 from .distributed import Processes
 from carproto.gan.session import (
     Clock,
@@ -31,7 +31,7 @@ from carproto.gan.session import (
     finish_step,
 )
 from .sngan import Discriminator, Generator, load_generator, read_discriminator, save_generator
-from .trainer import Trainer
+from .trainer import Trainer, read_restrictions
 from ..images import FITS, to_tensor
 from carproto.run import (
     RunFolder,
@@ -177,9 +177,8 @@ def save_best(
     run: RunFolder,  # with that report in stats.jsonl
 ) -> None:
     "Save the generator as best/ when the last report is of this step and none had a lower KID."
-    restrictions = load_json(run.path / "data.json").get("subspace", [])
-    first = restrictions[-1]["step"] + 1 if restrictions else 0
-    rows = [row for row in run.stats() if row["step"] >= first and math.isfinite(row.get("kid", math.inf))]
+    first = max((note["step"] + 1 for note in read_restrictions(run)), default=0)
+    rows = [row for row in run.stats() if row.get("step", -1) >= first and math.isfinite(row.get("kid", math.inf))]
     if rows and rows[-1]["step"] == trainer.step and rows[-1]["kid"] == min(row["kid"] for row in rows):
         about = {"steps": trainer.step, "run": run.path.name, "kid": rows[-1]["kid"]}
         save_generator(inference_generator(trainer, run), run.path / "best", about=about)
@@ -208,7 +207,7 @@ def inference_generator(
 ) -> Generator:  # the EMA of the generator, in eval mode
     "Return a run's generator with the fit of its photos, which inference needs."
     G = trainer.snapshot_ema()
-    fit = load_json(run.path / "data.json").get("fit")
+    fit = run.data().get("fit")
     G.fit = fit if fit in FITS else "squash"
     return G
 
@@ -244,7 +243,7 @@ def check_beginning(
     run: RunFolder,  # with a configuration and no checkpoint
 ) -> None:
     "Print that a run begins again; raise `CarprotoError` when it holds what a new run would replace."
-    has_subspace = (run.path / "data.json").exists() and "subspace" in load_json(run.path / "data.json")
+    has_subspace = "subspace" in run.data()
     saved = [name for name in ("best", "final") if (run.path / name / "config.json").exists()]
     if saved or has_subspace:
         held = f"the generator in {run.path / saved[-1]}" if saved else "a latent subspace"
