@@ -63,7 +63,7 @@ def pick_device(
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # the device named meta makes tensors without values
     except (RuntimeError, AssertionError) as error:
         hint = f"leave it out to take the best one ({str(error)[:60]})"
         raise CarprotoError(f"device {name!r} is not usable here: {hint}") from error

@@ -75,7 +75,7 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
     },
     "mask_classifier": {
         "config.json": "3cf0b3034dcc28ad64365e4433d0df1c2b8df79d6e43913412438c8d045bd4ab",
-        "model.safetensors": "7b37f3493acfcfb0cafd9e1b1506164d43c337f67618adfcb04ce29930b96c95",
+        "model.safetensors": "e5dd1a1c58c91e31ce4c184a073d55427abca5f987b688aafad73a9e98b7c8dc",
     },
     "real64/common": {
         "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",

@@ -21,7 +21,17 @@ from fastcore.basics import patch
 
 from .config import CarprotoError
 from .core import find_nonfinite, is_out_of_memory
-from .files import _jsonable, atomic_path, load_json, open_append, refuse_link, save_json
+from carproto.files import (
+    _jsonable,
+    atomic_path,
+    expand_home,
+    load_json,
+    open_append,
+    read_file,
+    refuse_link,
+    save_json,
+)
+from .json_lines import MAX_LINES_BYTES, parse_lines
 
 # %% ../nbs/0_base/05_run.ipynb #72209f56
 def describe_environment() -> dict:  # versions, hardware, commit
@@ -50,6 +60,14 @@ def describe_environment() -> dict:  # versions, hardware, commit
     }
 
 # %% ../nbs/0_base/05_run.ipynb #5bc819a3
+def _load_object(path: Path) -> dict:
+    "Read a JSON object; raise `CarprotoError` for any other content."
+    value = load_json(path)
+    if not isinstance(value, dict):
+        raise CarprotoError(f"{path} holds no JSON object: bring back the file that the run wrote")
+    return value
+
+
 class RunFolder:
     "The folder of one run: config.json, env.json, stats.jsonl, samples/, checkpoints/."
 
@@ -57,7 +75,7 @@ class RunFolder:
         self,
         path: str | Path,  # of the folder; it need not exist
     ):
-        self.path = Path(path).expanduser()
+        self.path = expand_home(path)
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
 
@@ -86,7 +104,12 @@ class RunFolder:
         "Read the run's configuration."
         if not self.exists:
             raise CarprotoError(f"{self.path} holds no run: there is no config.json in it")
-        return load_json(self.path / "config.json")
+        return _load_object(self.path / "config.json")
+
+    def data(self) -> dict:
+        "Read data.json, which says what the run was trained on; empty where there is none."
+        path = self.path / "data.json"
+        return _load_object(path) if path.exists() else {}
 
     def log(self, file: str = "stats.jsonl", /, **values) -> None:
         "Append one JSON line to stats.jsonl, or to another file of the run."
@@ -101,15 +124,16 @@ def stats(
 ) -> list[dict]:  # a row for each line; empty when there is no such file
     "Read stats.jsonl, or another file of JSON lines; a last line that a crash cut short is left out."
     path = self.path / file
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number + 1 < len(lines):
-                raise CarprotoError(f"{path}: line {number + 1} is broken, remove it") from None
-    return rows
+    lines = parse_lines(read_file(path, MAX_LINES_BYTES)) if path.exists() else []
+    for number, _, row in lines[:-1]:
+        if not _is_row(row):
+            raise CarprotoError(f"{path}: line {number} is broken, remove it")
+    return [row for _, _, row in lines if _is_row(row)]
+
+
+def _is_row(row: dict | None) -> bool:
+    "Whether a line is a JSON object whose step is a whole number, and whose KID is a number, where it has them."
+    return row is not None and type(row.get("step", 0)) is int and type(row.get("kid") or 0.0) in (int, float)
 
 
 @patch
@@ -121,7 +145,7 @@ def truncate_stats(
     path = self.path / "stats.jsonl"
     refuse_link(path)
     selected = "".join(json.dumps(row) + "\n" for row in self.stats() if row.get("step", 0) <= step)
-    if path.exists() and path.read_text(encoding="utf-8") != selected:
+    if path.exists() and path.read_bytes() != selected.encode():
         with atomic_path(path) as temporary:
             temporary.write_text(selected, encoding="utf-8")
 

@@ -34,7 +34,10 @@ def expand_path(
     "Expand `~`; raise `CarprotoError` for an empty path."
     if not text:
         raise CarprotoError("a path is empty: leave the option out, or write None where it may be None")
-    return os.path.expanduser(text)
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise CarprotoError(f"{text} names a home folder that does not exist: write ./{text} for a folder of that name")
+    return expanded
 
 
 PathText = Annotated[  # a path as text; a leading ~ is expanded
@@ -135,6 +138,7 @@ class Finetune(Session):
     source: PathText = "runs/common"  # folder of the parent run
     data: PathText = "toycars-futuristic"  # folder or zip of futuristic cars, or toycars-futuristic
     run: PathText = "runs/futuristic"  # folder of the fine-tuned run; an existing run is resumed
+    fit: Fit | None = None  # how a photo becomes square; None takes the parent's
     config: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig()
 
 # %% ../../nbs/8_app/30_options.ipynb #16689bb5
@@ -218,7 +222,7 @@ class Evaluate:
     data: PathText = "toycars"  # held-out cars: folder or zip, toycars or toycars-futuristic
     extractor: PathText = "toys"  # feature extractor: toys, inception, or a MobileNetV2 file
     train: PathText | None = None  # training cars, to count copies; --data where training split it; None counts none
-    fit: Fit = "squash"  # how a photo becomes square
+    fit: Fit | None = None  # how a photo becomes square; None takes what the weights say
     n_fake: int | None = None  # generated images; None means as many as there are held-out cars
     extractor_size: int | None = None  # input side of a MobileNetV2 file, pixels; None means 224
 

@@ -13,12 +13,9 @@ from pathlib import PurePosixPath
 
 from ..config import CarprotoError
 from .store import PictureStore
-from ..json_lines import parse_lines
+from ..json_lines import MAX_LINES_BYTES, parse_lines
 
 # %% ../../nbs/3_data/04_metadata.ipynb #b951ae18
-_MAX_LINES_BYTES = 1_000_000_000  # of a metadata.jsonl
-
-
 def list_manifests(
     files: Iterable[str],  # names in a store or folder
 ) -> list[str]:  # those of them that are manifests, those nearest to the root first
@@ -58,7 +55,7 @@ def read_metadata(
     for file in list_manifests(store.files):
         here = {}
         try:
-            content = store.read(file, _MAX_LINES_BYTES)
+            content = store.read(file, MAX_LINES_BYTES)
         except CarprotoError as error:
             raise CarprotoError(f"{store.path}: {file}: {error}") from error
         for number, _, row in parse_lines(content):

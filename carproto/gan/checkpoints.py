@@ -11,7 +11,7 @@ import time
 
 from ..config import CarprotoError, TrainConfig
 from ..core import find_nonfinite
-from ..files import load_json, remove_leftovers, save_json
+from ..files import remove_leftovers, save_json
 from .distributed import Processes
 from .reports import save_best
 from .session import Clock, check_same
@@ -57,7 +57,7 @@ def check_beginning(
     run: RunFolder,  # with a configuration and no checkpoint
 ) -> None:
     "Print that a run begins again; raise `CarprotoError` when it holds what a new run would replace."
-    has_subspace = (run.path / "data.json").exists() and "subspace" in load_json(run.path / "data.json")
+    has_subspace = "subspace" in run.data()
     saved = [name for name in ("best", "final") if (run.path / name / "config.json").exists()]
     if saved or has_subspace:
         held = f"the generator in {run.path / saved[-1]}" if saved else "a latent subspace"

@@ -12,9 +12,8 @@ from collections.abc import Callable
 import torch
 
 from ..core import sample_latents
-from ..files import load_json
 from .sngan import Generator, save_generator
-from .trainer import Trainer
+from .trainer import Trainer, read_restrictions
 from ..images import FITS, to_tensor
 from ..run import RunFolder
 from ..viz import image_grid, save_picture
@@ -26,7 +25,7 @@ def inference_generator(
 ) -> Generator:  # the EMA of the generator, in eval mode
     "Return a run's generator with the fit of its photos, which inference needs."
     G = trainer.snapshot_ema()
-    fit = load_json(run.path / "data.json").get("fit")
+    fit = run.data().get("fit")
     G.fit = fit if fit in FITS else "squash"
     return G
 
@@ -56,10 +55,8 @@ def save_best(
     run: RunFolder,  # with that report in stats.jsonl
 ) -> None:
     "Save the generator as best/ when the last report is of this step and none had a lower KID."
-    data = run.path / "data.json"
-    restrictions = load_json(data).get("subspace", []) if data.exists() else []
-    first = restrictions[-1]["step"] + 1 if restrictions else 0
-    rows = [row for row in run.stats() if row["step"] >= first and math.isfinite(row.get("kid", math.inf))]
+    first = max((note["step"] + 1 for note in read_restrictions(run)), default=0)
+    rows = [row for row in run.stats() if row.get("step", -1) >= first and math.isfinite(row.get("kid", math.inf))]
     if rows and rows[-1]["step"] == trainer.step and rows[-1]["kid"] == min(row["kid"] for row in rows):
         about = {"steps": trainer.step, "run": run.path.name, "kid": rows[-1]["kid"]}
         save_generator(inference_generator(trainer, run), run.path / "best", about=about)

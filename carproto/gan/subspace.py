@@ -16,7 +16,7 @@ from ..config import CarprotoError, TrainConfig
 from ..core import sample_latents
 from ..files import folder_aside, load_json, save_json
 from .sngan import Generator, measure_statistics, save_generator
-from .trainer import read_config
+from .trainer import read_config, read_restrictions
 from ..images import FITS
 from ..run import RunFolder, load_checkpoint, save_checkpoint
 
@@ -92,9 +92,9 @@ def subspace_run(
         z_dim = directions.shape[1]
         note |= {"to": z_dim, "like": Path(like).name, "share": None}
     short = restrict_generator(G_ema, directions, z_dim)
-    data = load_json(source.path / "data.json")
+    data, notes = source.data(), read_restrictions(source)
     short.fit = data.get("fit") if data.get("fit") in FITS else "squash"
-    data = {**data, "subspace": [*data.get("subspace", []), note]}
+    data = {**data, "subspace": [*notes, note]}
     with folder_aside(run.path) as aside:
         _write_run(source, RunFolder(aside), data, directions[:, :z_dim], state)
         save_generator(short, aside / "final", about={"run": run.path.name, "steps": note["step"]})
