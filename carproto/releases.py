@@ -73,9 +73,9 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "8feba4c59b1744dad035c45d0c9ca1c457f4726953b7eaa3ac0ad803d593d56a",
         "model.safetensors": "07103cf781b8bcb15ea5099783703df7f6bb437b3bdfdabe6f4df8c210bb1af2",
     },
-    "outline_classifier": {
-        "config.json": "75b6e37d5e562891acfe2a7229947d7f01578db908613131f980602c20730a5e",
-        "model.safetensors": "a1908915dc448aa7ccf41af50f8bae6a3c916a044b352f4964e69d1d83b5ce0f",
+    "mask_classifier": {
+        "config.json": "3cf0b3034dcc28ad64365e4433d0df1c2b8df79d6e43913412438c8d045bd4ab",
+        "model.safetensors": "7b37f3493acfcfb0cafd9e1b1506164d43c337f67618adfcb04ce29930b96c95",
     },
     "real64/common": {
         "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",

@@ -66,7 +66,10 @@ def wait_for_count(page, count: int) -> None:
 
 def image_bytes(page) -> bytes:
     """Fetch the bytes of the image that the browser shows."""
-    fetch = "async () => [...new Uint8Array(await (await fetch(document.querySelector('img.carproto-picture').src)).arrayBuffer())]"
+    fetch = """async () => {
+        const picture = await fetch(document.querySelector('img.carproto-picture').src);
+        return [...new Uint8Array(await picture.arrayBuffer())];
+    }"""
     return bytes(page.evaluate(fetch))
 
 

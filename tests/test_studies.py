@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +49,19 @@ def test_record_names_command_and_machine(tmp_path, monkeypatch):
     record = load_json(study_record.save_record({"kid": 1.5}, tmp_path / "ema.json"))
     assert record["command"] == "python studies/ema.py --run common" and record["kid"] == 1.5
     assert {"processor", "n_cores", "torch", "commit"} <= record["machine"].keys()
+
+
+def test_a_killed_demo_ends_as_one_that_was_not(tmp_path):
+    path = tmp_path / "kills.json"  # in a process of its own: it forks
+    command = [sys.executable, ROOT / "studies" / "demo_kills.py", "--kills", "2", "--out", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = load_json(path)
+    assert record["different"] == [] and len(record["kills"]) == 2
+    names = "\n".join(record["compared"])
+    runs = ("common", "subspace", "futuristic", r"encoder-\w+")
+    assert all(re.search(f"^{run}/checkpoints$", names, re.M) for run in runs)
+    assert {"common/best/model.safetensors", "futuristic/final/model.safetensors", "numbers.json", "report.html"} <= set(record["compared"])
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +192,29 @@ def photos(tmp_path_factory) -> dict[str, str]:
 
 
 def test_recipes_differ_as_they_say(photos, tmp_path):
-    options = ["compare", "--data", photos["data"], "--heldout", photos["heldout"], "--backbone", "toys", "--size", "16", "--width", "4",
-               "--batch", "4", "--steps", "2", "--n_measured", "1", "--n_fake", "24", "--out", str(tmp_path)]  # fmt: skip
+    options = [
+        "compare",
+        "--data",
+        photos["data"],
+        "--heldout",
+        photos["heldout"],
+        "--backbone",
+        "toys",
+        "--size",
+        "16",
+        "--width",
+        "4",
+        "--batch",
+        "4",
+        "--steps",
+        "2",
+        "--n_measured",
+        "1",
+        "--n_fake",
+        "24",
+        "--out",
+        str(tmp_path),
+    ]
     study_recipe.main([*options, "--seeds", "0", "--recipes", "2022"])
     study_recipe.main([*options, "--seeds", "0"])
     rows = [json.loads(line) for line in (tmp_path / "recipe_compare.jsonl").read_text().splitlines()]
@@ -210,8 +245,35 @@ def test_batch_decides_in_the_recipe_of_2022():
 
 def test_pair_from_photos_to_release_in_pieces(photos, tmp_path):
     sources = [word for name, path in photos.items() for word in (f"--{name}", path)]
-    options = ["tiny", *sources, "--backbone", "toys", "--size", "16", "--width", "4", "--batch", "8", "--z_dims", "8", "6", "4", "--n_frozen", "1",
-               "--steps", "4", "6", "3", "3", "--report_every", "2", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "data")]  # fmt: skip
+    options = [
+        "tiny",
+        *sources,
+        "--backbone",
+        "toys",
+        "--size",
+        "16",
+        "--width",
+        "4",
+        "--batch",
+        "8",
+        "--z_dims",
+        "8",
+        "6",
+        "4",
+        "--n_frozen",
+        "1",
+        "--steps",
+        "4",
+        "6",
+        "3",
+        "3",
+        "--report_every",
+        "2",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "data"),
+    ]
     with pytest.raises(SystemExit, match="the same command goes on"):
         train_pair.main([*options, "--max_minutes", "0.00001"])
     train_pair.main(options)

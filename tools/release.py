@@ -1,9 +1,10 @@
-"""Make a release of a pair of runs and their encoder: half-precision weights in data/NAME, evaluated as they are stored, and the runs' records.
+"""Make a release of two runs and their encoder: half-precision weights in data/NAME, and the runs' records.
 
     python tools/release.py toy64 --common runs/common --futuristic runs/futuristic --encoder runs/encoder
 
-The model card, data/NAME/README.md, is written by hand, and stays. The table of SHA-256 in nbs/0_base/06_releases.ipynb is written anew; run
-`python tools/sync.py` afterwards, and tag the commit as that notebook's `REVISION`.
+The model card, data/NAME/README.md, is written by hand, and stays. The table of SHA-256 in
+nbs/0_base/06_releases.ipynb is written anew; run `python tools/sync.py` afterwards, and tag the commit as that
+notebook's `REVISION`.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from ..config import CarprotoError, TrainConfig
 from ..core import find_nonfinite
 from ..files import load_json, remove_leftovers, save_json
 from .distributed import Processes
+from .reports import save_best
 from .session import Clock, check_same
 from .trainer import Trainer
 from carproto.run import (
@@ -106,6 +107,7 @@ def resume(
         trainer.init_from_parent(parent)
     if trainer.processes.is_main:
         run.truncate_stats(trainer.step)
+        save_best(trainer, run)
     return Clock(max_minutes, state["seconds"] if state else 0.0)
 
 # %% ../../nbs/4_gan/11_checkpoints.ipynb #fad88db1

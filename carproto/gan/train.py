@@ -18,7 +18,7 @@ from ..core import pick_device, progress
 from ..files import lock_folder
 from .checkpoints import log_session, open_run, resume, save
 from .distributed import Processes
-from .reports import inference_generator, report
+from .reports import inference_generator, report, save_best
 from .session import Clock, check_extractor, check_health, check_images, explain_memory, finish_step
 from .sngan import Discriminator, Generator, load_generator, read_discriminator, save_generator
 from .trainer import Trainer
@@ -110,6 +110,8 @@ def _run(
                 _log_row(row, trainer, run, bar)
             if processes.any(processes.is_main and clock.wants_save(is_report)):
                 save(trainer, run, clock)
+            if is_report and processes.is_main:
+                save_best(trainer, run)
     save(trainer, run, clock)
     return trainer.step >= config.steps, stop.is_set()
 
