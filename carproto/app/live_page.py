@@ -27,7 +27,8 @@ from ..blend.path_planning import plan_path
 from ..config import CarprotoError
 from ..core import sample_latents
 from ..files import atomic_path, cache_folder, save_json
-from ..weights import find_weights, hash_file
+from ..releases import hash_file
+from ..weights import find_weights
 
 # %% ../../nbs/8_app/34_live_page.ipynb #6ce41469
 def average_path(
