@@ -28,6 +28,7 @@ from ..eval.features import FeatureExtractor
 from ..eval.metrics import Evaluator
 from ..eval.reconstruction import explained_variance
 from ..images import to_tensor
+from ..latent.encoder import reconstruct
 from ..latent.invert import Inversion
 
 # %% ../../nbs/8_app/03_pipeline.ipynb #2f49a914
@@ -267,7 +268,7 @@ def evaluate(
     if extractor is not None:
         result |= Evaluator(x, extractor).evaluate(G)
     if self.encoder is not None:
-        inverted = torch.cat([self.generate(kind=kind, z=self.encoder(part.to(device))) for part in x.split(64)])
+        inverted = torch.cat([reconstruct(self.encoder, G, part.to(device)).cpu() for part in x.split(64)])
         rms = (inverted - x).square().mean((1, 2, 3)).sqrt()
         result["reconstruction_r2"] = explained_variance(inverted, x)
         result["reconstruction_rms"] = rms.mean().item()
