@@ -1,4 +1,4 @@
-"""The record of a study: the command, machine, commit and results, as one JSON file, or as JSON lines that can be resumed."""
+"""The record of a study: command, machine, commit and results, as one JSON file or as JSON lines."""
 
 import argparse
 import json
@@ -28,7 +28,7 @@ def save_record(results: dict, path: Path) -> Path:
 
 
 class Study:
-    """The record of a study in cells: NAME.json holds what all cells share, NAME.jsonl a line for each cell that is done."""
+    """The record of a study in cells: NAME.json holds what they share, NAME.jsonl a line for each cell."""
 
     def __init__(self, path: Path, config: dict):
         self.path, self.about_path, self.config = path, path.with_suffix(".json"), config
@@ -39,7 +39,8 @@ class Study:
             other = [name for name, value in json.loads(json.dumps(config)).items() if known.get(name) != value]
             if other:
                 raise CarprotoError(
-                    f"{self.about_path} was made with another {', '.join(other)}: take another --out, or remove that record"
+                    f"{self.about_path} was made with another {', '.join(other)}: "
+                    "take another --out, or remove that record"
                 )
         selected = "".join(json.dumps(row) + "\n" for row in self.rows)
         if path.exists() and path.read_text(encoding="utf-8") != selected:  # a killed session left half a line

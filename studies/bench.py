@@ -1,13 +1,12 @@
-"""Time two steps of D and one of G: torch-mimicry's SN-GAN, the plain form of our networks, and ours, in turns on one machine.
+"""Time two steps of D and one of G, in turns: torch-mimicry's SN-GAN, our networks unfused, and fused.
 
-    make bench                                                # 32, 64 and 128 px on the device at hand, 8 minutes on two cores
+    make bench                       # 32, 64 and 128 px on the device at hand, 8 minutes on two cores
     make bench ARGS="--device cuda --batch 128 --sizes 128"   # the full recipe on a GPU
     make bench ARGS="--sizes 64:32 --peers plain ours"        # 64 px with 32 channels, two peers
 
-Each peer lives in a process of its own and waits while another has its turn, so that all see the same machine: its load, its clock.
-Ratios are taken within a round of turns. `ours` does the work that the others do; `ours, full recipe` adds DiffAugment and LeCam;
-`ours compiled`, timed only when named, goes through torch.compile.
-"""
+Each peer lives in a process of its own and waits while another has its turn, so that all see the same machine: its
+load, its clock. Ratios are taken within a round of turns. `ours` does the work that the others do; `ours, full
+recipe` adds DiffAugment and LeCam; `ours compiled`, timed only when named, goes through torch.compile."""
 
 import argparse
 import math
@@ -35,7 +34,8 @@ COMPILED = "ours compiled"
 LEGEND = """
 GFLOP: what the plain form of a peer's networks needs for two steps of D and one of G; a matrix product, for one.
 seconds: for the same, median of the rounds. photos/s: photos that D saw. memory: {memory}, at its peak.
-x: how many times as fast as the other, in the same round. TFLOP/s: GFLOP by seconds; share: of the matrix product's rate."""
+x: how many times as fast as the other, in the same round.
+TFLOP/s: GFLOP by seconds; share: of the matrix product's rate."""
 N_WARM_UP = {"cpu": 1, "cuda": 10}
 
 
@@ -115,7 +115,7 @@ def time_steps(peer: Peer, device: str, seconds: float = 0, n_at_least: int = 1)
 
 
 def time_steps_on_gpu(peer: Peer, seconds: float, n_at_least: int) -> float:
-    """Do the same where steps are only queued: fix their number first, wait once at the end, and lend the memory to the next peer."""
+    """Time queued steps: fix their number first, wait once at the end, free the memory for the next peer."""
 
     def time_some(n: int) -> float:
         start = time.perf_counter()
@@ -347,11 +347,13 @@ def run_bench(arguments: argparse.Namespace) -> None:
     check_writable(arguments.out)
     machine = record["environment"]
     print(
-        f"{machine['gpu'] if device.type == 'cuda' else machine['processor']}, {machine['n_threads']} threads, torch {machine['torch']}"
+        f"{machine['gpu'] if device.type == 'cuda' else machine['processor']}, "
+        f"{machine['n_threads']} threads, torch {machine['torch']}"
     )
     if record["load_at_start"] > 0.3 * count_cores():
         print(
-            f"Other programs are busy here (load {record['load_at_start']:.1f} on {count_cores()} cores): the times will be too long"
+            f"Other programs are busy here (load {record['load_at_start']:.1f} on {count_cores()} cores): "
+            "the times will be too long"
         )
     n_turns = len(arguments.sizes) * len(names) * (1 + arguments.rounds)
     with tqdm(total=n_turns, unit="turn", dynamic_ncols=True) as bar:

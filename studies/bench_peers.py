@@ -1,4 +1,4 @@
-"""The peers of the benchmark. Each is given the same pictures and does the same work: two steps of D and one of G, hinge loss, Adam."""
+"""The peers of the benchmark: the same images, two steps of D and one of G, hinge loss, Adam."""
 
 import sys
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def count_parameters(*nets: nn.Module) -> tuple[int, ...]:
 
 
 def count_flop(make_nets: Callable[[], tuple[nn.Module, nn.Module]], batch: int) -> float:
-    """Count what two steps of D and one of G need: a backward pass to weights and input costs two forward passes, to one of them one."""
+    """Count the FLOPs of two steps of D and one of G: a backward pass to weights and input costs two forward ones."""
     with torch.device("meta"), torch.no_grad():
         G, D = make_nets()
         with FlopCounterMode(display=False) as counter:
@@ -205,7 +205,7 @@ def make_plain_nets(work: Work) -> tuple[nn.Module, nn.Module]:
 
 
 def make_plain(work: Work) -> Peer:
-    """Build the loop that a reader of the paper would write: fp32, one pass for photos and one for drawings, every gradient there is."""
+    """Build a plain training loop: fp32, one pass for real and one for generated images, every gradient."""
     G, D = make_plain_nets(work)
     G, D = G.to(work.device), normalise(D).to(work.device)
     optimizer_g, optimizer_d = (torch.optim.Adam(net.parameters(), **ADAM) for net in (G, D))

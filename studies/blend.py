@@ -1,14 +1,15 @@
-"""Measure the paths from a held-out common car to a held-out futuristic one: futurism, similarity, smoothness and norms along each path.
+"""Measure paths between held-out cars: futurism, similarity, smoothness and norms along each.
 
     python studies/blend.py toys   --common runs/common --futuristic runs/futuristic --encoder runs/encoder
     python studies/blend.py photos --common runs/common --futuristic runs/futuristic --encoder runs/encoder \\
         --heldout HELDOUT.zip --concepts CONCEPTS_HELDOUT.zip --probe data/real64/probe --backbone MOBILENET.safetensors
 
-Where --probe does not exist yet, it is fitted on --train and --train-concepts first. One record goes to data/records/blend_NAME.json.
-"""
+Where --probe does not exist yet, it is fitted on --train and --train-concepts first. One record goes to
+data/records/blend_NAME.json."""
 
 import argparse
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,19 +123,21 @@ def main() -> None:
     def make_frames(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, options: dict, mode: str) -> torch.Tensor:
         return blend_frames(common, futuristic, a, b, w, mode=mode, **options)
 
+    def make_both(
+        a: torch.Tensor, b: torch.Tensor, options: dict, mode: str, latent: torch.Tensor, generator: torch.Tensor
+    ) -> torch.Tensor:
+        return make_frames(a, b, latent, {**options, "latent": latent, "generator": generator}, mode)
+
     def measure(name: str, options: dict, mode: str, planned: str = "", cars: list = plain) -> dict:
         paths, shares = [], []
         for (a, channel_gains_a), (b, channel_gains_b) in zip(tqdm(cars[0], desc=name, unit="pair"), cars[1]):
             w, moves = POSITIONS, {**options, "channel_gains": (channel_gains_a, channel_gains_b)}
             if planned == "calibrated":
-                speed = plan_speed(lambda raw: make_frames(a, b, raw, {}, mode), scale, n=25, perceptual=metric)  # noqa: B023 - called at once
+                along = partial(make_frames, a, b, options={}, mode=mode)
+                speed = plan_speed(along, scale, n=25, perceptual=metric)
                 w, _ = speed(POSITIONS), shares.append(speed.share)
             elif planned == "planned":
-                plan = plan_path(
-                    lambda c, g: make_frames(a, b, c, {**moves, "latent": c, "generator": g}, mode),  # noqa: B023 - called at once
-                    scale,
-                    perceptual=metric,
-                )
+                plan = plan_path(partial(make_both, a, b, moves, mode), scale, perceptual=metric)
                 w, generator = plan(POSITIONS)
                 moves = {**moves, "latent": w, "generator": generator}
             moving = torch.zeros(len(w)) if options.get("latent") is False else w
@@ -172,12 +175,16 @@ def main() -> None:
         "paths": by_path,
         "path_length": lengths,
         "realism": {f"w {w}": mid_blend_realism(common, futuristic, extractor, w=w) for w in (0.25, 0.5, 0.75)},
-        "freezed": {"common": before.mean().item(), "futuristic": after.mean().item(),
-                    "effect_size": ((after.mean() - before.mean()) / pooled).item(),
-                    "held_out_common": scale(heldout).mean().item(), "held_out_concepts": scale(concepts).mean().item(),
-                    "same_latent_distance": metric(drawn[0][:200], drawn[1][:200]).mean().item(),
-                    "other_latent_distance": metric(drawn[0][:200], drawn[1][200:400]).mean().item()},
-    }  # fmt: skip
+        "freezed": {
+            "common": before.mean().item(),
+            "futuristic": after.mean().item(),
+            "effect_size": ((after.mean() - before.mean()) / pooled).item(),
+            "held_out_common": scale(heldout).mean().item(),
+            "held_out_concepts": scale(concepts).mean().item(),
+            "same_latent_distance": metric(drawn[0][:200], drawn[1][:200]).mean().item(),
+            "other_latent_distance": metric(drawn[0][:200], drawn[1][200:400]).mean().item(),
+        },
+    }
     if arguments.name == "toys":
         record["factors"] = factor_drift(common, futuristic, regressor)
     else:

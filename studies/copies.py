@@ -1,11 +1,12 @@
 """Measure copies of training cars by released generators; the record holds distances and latents, no photo.
 
     python studies/copies.py toys
-    python studies/copies.py photos --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip
+    python studies/copies.py photos --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip \\
+        --concepts_heldout CONCEPTS_HELDOUT.zip
 
-For each generator: the copy rate, its limit, the distance ratios of generated and real cars, and the latents of the lowest ratios. As a check of
-the measure, altered training cars (blurred, translated, brightened, mixed) take the place of generated ones.
-"""
+For each generator: the copy rate, its limit, the distance ratios of generated and real cars, and the latents of the
+lowest ratios. As a check of the measure, altered training cars (blurred, translated, brightened, mixed) take the
+place of generated ones."""
 
 import argparse
 from pathlib import Path
@@ -60,12 +61,23 @@ def measure(
         for how, spoil in SPOILT.items()
     }
     return {
-        "fingerprint": G.fingerprint(), "n_train": len(train), "n_heldout": len(heldout), "n_generated": n, "n_reference": len(reference),
-        "copy_rate": copy_rate(generated, small_train, small_heldout), "limit": limit.item(), "real": quantiles(reference),
-        "generated": quantiles(distance_ratio), "worst": worst, "distance_generated": quantiles(nearest),
-        "distance_heldout": quantiles(torch.cdist(small_heldout, small_train).min(1).values), "altered_copies_found": results,
-        "others_called_copies": None if others is None else copy_rate(copy_descriptors(others), small_train, small_heldout),
-    }  # fmt: skip
+        "fingerprint": G.fingerprint(),
+        "n_train": len(train),
+        "n_heldout": len(heldout),
+        "n_generated": n,
+        "n_reference": len(reference),
+        "copy_rate": copy_rate(generated, small_train, small_heldout),
+        "limit": limit.item(),
+        "real": quantiles(reference),
+        "generated": quantiles(distance_ratio),
+        "worst": worst,
+        "distance_generated": quantiles(nearest),
+        "distance_heldout": quantiles(torch.cdist(small_heldout, small_train).min(1).values),
+        "altered_copies_found": results,
+        "others_called_copies": None
+        if others is None
+        else copy_rate(copy_descriptors(others), small_train, small_heldout),
+    }
 
 
 def main() -> None:
@@ -79,8 +91,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/records"))
     text = parser.parse_args()
     if text.name == "toys":
-        sets = {part: [open_cars(data, 64, split=split).images for split in ("train", "heldout")]
-                for part, data in (("common", "toycars"), ("futuristic", "toycars-futuristic"))}  # fmt: skip
+        sets = {
+            part: [open_cars(data, 64, split=split).images for split in ("train", "heldout")]
+            for part, data in (("common", "toycars"), ("futuristic", "toycars-futuristic"))
+        }
     else:
         paths = {"common": (text.data, text.heldout), "futuristic": (text.concepts, text.concepts_heldout)}
         if None in (*paths["common"], *paths["futuristic"]):
@@ -95,7 +109,8 @@ def main() -> None:
     for part, numbers in results.items():
         altered = ", ".join(f"{how} {share:.0%}" for how, share in numbers["altered_copies_found"].items())
         print(
-            f"{part}: copy rate {numbers['copy_rate']:.2%} of {text.n}, limit {numbers['limit']:.2f}; copies found: {altered}"
+            f"{part}: copy rate {numbers['copy_rate']:.2%} of {text.n}, limit {numbers['limit']:.2f}; "
+            f"copies found: {altered}"
         )
     print(path)
 

@@ -1,4 +1,4 @@
-"""Measure the crawler on this machine: pictures a second without a rate limit, memory along the way, and the pace at one request a second.
+"""Measure the crawler: images a second without a rate limit, memory, and the pace at one request a second.
 
 python studies/crawl_speed.py          # writes data/records/crawl.json
 """
@@ -73,7 +73,8 @@ def main() -> None:
         server.wait()
     save_json({"unlimited": fast, "polite": polite, "n_workers": 8, "environment": describe_environment()}, args.out)
     print(
-        f"{fast['pictures_per_second']:.0f} pictures a second, {fast['memory_grown_mb']:.1f} MB more at the end; {args.out}"
+        f"{fast['pictures_per_second']:.0f} pictures a second, "
+        f"{fast['memory_grown_mb']:.1f} MB more at the end; {args.out}"
     )
 
 

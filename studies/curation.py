@@ -1,9 +1,11 @@
-"""Measure how many photos a second are curated: with and without the view classifier, small as they are and enlarged to a crawl's size.
+"""Measure photos curated a second, with and without the view classifier, small and at a crawl's size.
 
-    python studies/curation.py --photos cars.zip --classifier views/ --backbone mobilenet_v2.safetensors   # writes data/records/curate.json
+    python studies/curation.py --photos cars.zip --classifier views/ --backbone mobilenet_v2.safetensors
 
-The time is that of `curate`, from reading the files to writing the verdicts; unpacking and enlarging come before. Needs a quiet machine.
-"""
+The record is data/records/curate.json.
+
+The time is that of `curate`, from reading the files to writing the verdicts; unpacking and enlarging come before.
+Needs a quiet machine."""
 
 import argparse
 import io

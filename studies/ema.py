@@ -1,6 +1,8 @@
-"""Measure what averaging the generator's weights is worth at the end of a run: held-out KID and more, with the average and without.
+"""Measure what the EMA of the generator is worth at the end of a run: held-out KID, with it and without.
 
-python studies/ema.py --run runs/common --heldout HELDOUT.zip --backbone MOBILENET.safetensors      # writes data/records/ema.json
+    python studies/ema.py --run runs/common --heldout HELDOUT.zip --backbone MOBILENET.safetensors
+
+The record is data/records/ema.json.
 """
 
 import argparse

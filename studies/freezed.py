@@ -1,12 +1,13 @@
-"""Measure FreezeD at every depth, with and without DiffAugment and LeCam, over several seeds; can be stopped and goes on.
+"""Measure FreezeD at every depth, with and without DiffAugment and LeCam, over seeds; resumes when stopped.
 
     python studies/freezed.py toys --parent runs/toys
-    python studies/freezed.py photos --parent runs/photos --concepts CONCEPTS.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
+    python studies/freezed.py photos --parent runs/photos --concepts CONCEPTS.zip --heldout HELDOUT.zip \\
+        --backbone MOBILENET.safetensors
 
-The parent is a run of `carproto train`. A cell goes on from its newest checkpoint and takes the same steps as `finetune_freezed`, but keeps
-neither reports nor checkpoints: what is measured is its averaged generator after the last step. The seed changes last, so that a study which
-is stopped is whole for the seeds that it has. data/records/freezed_NAME.jsonl gets a line per cell, freezed_NAME.json what all cells share.
-"""
+The parent is a run of `carproto train`. A cell goes on from its newest checkpoint and takes the same steps as
+`finetune_freezed`, but keeps neither reports nor checkpoints: what is measured is its averaged generator after the
+last step. The seed changes last, so that a study which is stopped is whole for the seeds that it has.
+data/records/freezed_NAME.jsonl gets a line per cell, freezed_NAME.json what all cells share."""
 
 import argparse
 import copy
@@ -32,7 +33,8 @@ from carproto.toycars.regressor import FactorRegressor, factor_regressor
 
 CHILD = {"d_steps": 1, "lr_g": 5e-4, "lr_d": 1e-3, "ema_images": 1000}
 POLICY, LECAM_WEIGHT = "color,translation,cutout", 0.3
-N_STATISTICS = 8  # batches for BatchNorm's statistics: a run takes 32, which shifts the KID by less than the draw of the codes and costs more
+# batches for BatchNorm's statistics: a run takes 32, which shifts the KID by less than the latents do and costs more
+N_STATISTICS = 8
 MEASURED = ("kid", "kid_sd", "kid_train", "frechet", "precision", "recall", "coverage", "copy_rate")
 
 
@@ -148,10 +150,16 @@ def run_study(arguments: argparse.Namespace) -> Study:
     G.load_state_dict(parent["G_ema"])
     child = {**CHILD, "steps": arguments.steps, "batch": arguments.batch}
     config = {
-        "parent": {"step": parent["step"], "fingerprint": G.fingerprint(), "config": asdict(ancestor)}, "child": child,
-        "policy": POLICY, "lecam_weight": LECAM_WEIGHT, "extractor": extractor.name, "n_train": len(concepts), "n_heldout": len(heldout),
-        "n_fake": arguments.n_fake, "n_statistics": N_STATISTICS,
-    }  # fmt: skip
+        "parent": {"step": parent["step"], "fingerprint": G.fingerprint(), "config": asdict(ancestor)},
+        "child": child,
+        "policy": POLICY,
+        "lecam_weight": LECAM_WEIGHT,
+        "extractor": extractor.name,
+        "n_train": len(concepts),
+        "n_heldout": len(heldout),
+        "n_fake": arguments.n_fake,
+        "n_statistics": N_STATISTICS,
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     study = Study(arguments.out / f"{arguments.record or 'freezed_' + arguments.name}.jsonl", config)
     evaluator = StudyEvaluator(heldout, concepts, extractor, arguments.n_fake, regressor)

@@ -1,7 +1,8 @@
 """Measure inversion: encoders of several seeds, refinement compared with alternatives, and reconstruction of samples.
 
     python studies/inversion.py toys   --common runs/common --encoders runs/encoder0 runs/encoder1 runs/encoder2
-    python studies/inversion.py photos --common runs/common --encoders runs/encoder0 ... --heldout HELDOUT.zip --squeezenet SQUEEZENET.safetensors
+    python studies/inversion.py photos --common runs/common --encoders runs/encoder0 ... --heldout HELDOUT.zip \\
+        --squeezenet SQUEEZENET.safetensors
 
 One record goes to data/records/invert_NAME.json. Refinement minimizes the distance in the features of the run's
 discriminator; SqueezeNet, where given, is a second metric that took no part in it.
@@ -145,9 +146,12 @@ def main() -> None:
     )
     by_chance = record["heldout"]["refined from chance"]["distance_discriminator"]
     share_30_db = record["reconstruction_of_samples"]["share_30_db"]
-    print(f"R2 {record['encoder']['common']['r2']['mean']:.3f}; distance {before:.3f} encoded, {after:.3f} refined ({after / before - 1:+.0%}), "
-          f"{by_chance:.3f} from chance ({after / by_chance - 1:+.0%}); {share_30_db:.0%} of samples at 30 dB; "
-          f"{refined.seconds.mean():.2f} s an image")  # fmt: skip
+    print(
+        f"R2 {record['encoder']['common']['r2']['mean']:.3f}; distance {before:.3f} encoded, {after:.3f} refined "
+        f"({after / before - 1:+.0%}), "
+        f"{by_chance:.3f} from chance ({after / by_chance - 1:+.0%}); {share_30_db:.0%} of samples at 30 dB; "
+        f"{refined.seconds.mean():.2f} s an image"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Measure how many spoilt copies of real photos are found, how many pairs are claimed among the photos as they are, and what it costs.
+"""Measure how many altered copies of photos are found, how many pairs are claimed, and what it costs.
 
 python studies/near_duplicates.py --photos cars.zip                      # writes data/records/duplicates.json
-python studies/near_duplicates.py --photos cars.zip --sheets /tmp/pairs   # also draws the claimed pairs, to be judged by eye
+    python studies/near_duplicates.py --photos cars.zip --sheets /tmp/pairs   # with sheets of the claimed pairs
 """
 
 import argparse
@@ -15,8 +15,9 @@ from _record import save_record
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
-from carproto.data.dataset import PictureStore
-from carproto.data.duplicates import _trimmed_hashes, hash_pictures, make_thumbnails, near_duplicates
+from carproto.data.comparison import hash_pictures, make_thumbnails
+from carproto.data.duplicates import _trimmed_hashes, near_duplicates
+from carproto.data.store import PictureStore
 from carproto.images import fit_square, open_picture
 from carproto.viz import image_grid, save_picture
 
@@ -107,7 +108,7 @@ def draw_pieces(n: int, rng: np.random.Generator, thumbnails: np.ndarray) -> np.
 
 
 def measure_cost(thumbnails: np.ndarray, sizes: tuple, seed: int) -> dict:
-    """Time `near_duplicates` on drawn textures and on pieces of the photos, as many as wanted, of which every twentieth has a copy."""
+    """Time `near_duplicates` on random textures and on crops of photos; every twentieth has a copy."""
     cost = {}
     for kind, draw in {
         "textures": draw_textures,

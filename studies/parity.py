@@ -1,12 +1,12 @@
-"""Train toy cars twice for each seed, in plain fp32 and as carproto trains, and compare the KID at equal steps; can be stopped and goes on.
+"""Train toy cars twice for each seed, in plain fp32 and as carproto trains; compare the KID at equal steps.
 
     python studies/parity.py --steps 900
 
-`plain` computes in fp32 and with every layer in its plain form. `ours` takes the precision that the hardware computes fastest, and the form
-that was measured to be faster for each layer; where no `ConvPool` was, as in small networks, all of them take their one-piece form all the
-same, so that the claim is tested. Both start from the same weights and see the same cars in the same order. The forms swap places from seed
-to seed, so that a busy machine slows both. data/records/parity.jsonl gets a line for each run, parity.json what all runs share.
-"""
+`plain` computes in fp32 and with every layer in its plain form. `ours` takes the precision that the hardware computes
+fastest, and the form that was measured to be faster for each layer; where no `ConvPool` was, as in small networks,
+all of them take their one-piece form all the same, so that the claim is tested. Both start from the same weights and
+see the same cars in the same order. The forms swap places from seed to seed, so that a busy machine slows both.
+data/records/parity.jsonl gets a line for each run, parity.json what all runs share."""
 
 import argparse
 import time
@@ -84,9 +84,14 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run_study(arguments: argparse.Namespace) -> Study:
     """Do the runs that are missing."""
     config = TrainConfig(
-        size=arguments.size, width=arguments.width, z_dim=64, batch=arguments.batch, steps=arguments.steps,
-        lecam_start=arguments.steps // 5, report_every=arguments.steps,
-    )  # fmt: skip
+        size=arguments.size,
+        width=arguments.width,
+        z_dim=64,
+        batch=arguments.batch,
+        steps=arguments.steps,
+        lecam_start=arguments.steps // 5,
+        report_every=arguments.steps,
+    )
     n_places = min(arguments.n_measured, arguments.steps)
     points = [round(arguments.steps * (i + 1) / n_places) for i in range(n_places)]
     numbers = {"train": arguments.n_train, "heldout": arguments.n_heldout}

@@ -1,11 +1,12 @@
 """Train the parent of the photo pair on aligned cars, in sittings that may end at any moment.
 
-    python studies/photo_pair.py --data COMMON.zip --heldout HELDOUT.zip --masks FOLDER --aspect 1.4 --extractor MOBILENET.safetensors \\
+    python studies/photo_pair.py --data COMMON.zip --heldout HELDOUT.zip --masks FOLDER --aspect 1.4 \\
+        --extractor MOBILENET.safetensors \\
         --feature_path SQUEEZENET.safetensors --run runs/photo64 --max_minutes 120
 
-Heads on SqueezeNet's frozen features train beside the discriminator; MobileNetV2 at 96 px measures. One seed, since the run is long. Where
-the run's folder is lost, `--milestone data/milestones/photo64` goes on from the committed weights, with Adam's moments at zero.
-"""
+Heads on SqueezeNet's frozen features train beside the discriminator; MobileNetV2 at 96 px measures. One seed, since
+the run is long. Where the run's folder is lost, `--milestone data/milestones/photo64` goes on from the committed
+weights, with Adam's moments at zero."""
 
 import argparse
 import sys
@@ -25,9 +26,20 @@ from carproto.eval.metrics import Evaluator  # noqa: E402
 from carproto.gan.train import train_gan  # noqa: E402
 
 CONFIG = TrainConfig(
-    size=64, width=24, z_dim=128, steps=60_000, batch=32, lr_g=4e-4, lr_d=1e-3, lr_f=4e-4, beta2=0.99,
-    augment="translation,cutout", lecam_weight=0.0, feature_net="squeezenet1_1", report_every=1000,
-)  # fmt: skip
+    size=64,
+    width=24,
+    z_dim=128,
+    steps=60_000,
+    batch=32,
+    lr_g=4e-4,
+    lr_d=1e-3,
+    lr_f=4e-4,
+    beta2=0.99,
+    augment="translation,cutout",
+    lecam_weight=0.0,
+    feature_net="squeezenet1_1",
+    report_every=1000,
+)
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -67,9 +79,16 @@ def main(argv: list[str] | None = None) -> None:
         about["milestone"] = arguments.milestone.name
     parent = read_milestone(arguments.milestone) if arguments.milestone else None
     result = train_gan(
-        cars.images, arguments.run, CONFIG, evaluate=evaluator.evaluate, heldout=unseen.images, parent=parent, about=about,
-        max_minutes=arguments.max_minutes, feature_path=arguments.feature_path,
-    )  # fmt: skip
+        cars.images,
+        arguments.run,
+        CONFIG,
+        evaluate=evaluator.evaluate,
+        heldout=unseen.images,
+        parent=parent,
+        about=about,
+        max_minutes=arguments.max_minutes,
+        feature_path=arguments.feature_path,
+    )
     print(f"{arguments.run}: finished {result.finished}")
 
 

@@ -1,10 +1,9 @@
-"""Measure how long the studio's first picture of a new path takes, in the kernel: the released toy pair, and a 128 px pair of full width.
+"""Measure how long the studio's first image of a new path takes: released toy pair, and 128 px at full width.
 
     python studies/studio_latency.py   # writes data/records/studio.json
 
-The 128 px generators are untrained: their pictures are worthless, their time is that of trained ones. A browser adds some 20 ms to each
-picture. Needs a quiet machine.
-"""
+The 128 px generators are untrained: their pictures are worthless, their time is that of trained ones. A browser adds
+some 20 ms to each picture. Needs a quiet machine."""
 
 import argparse
 import asyncio

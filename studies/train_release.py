@@ -1,13 +1,14 @@
-"""Train a pair of generators and their encoder on photos, from nothing to a release, in one command that can be stopped and goes on.
+"""Train a pair of generators and their encoder on photos, from nothing to a release; resumes when stopped.
 
-    python studies/train_release.py real64 --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip \\
-        --backbone MOBILENET.safetensors                                                       # 64 px, two hours on a CPU
-    python studies/train_release.py real128 ... --size 128 --width 64 --batch 128 --d_steps 2 --beta2 0.99 --steps 30000 40000 5000 6000    # a GPU
+    python studies/train_release.py real64 --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip \\
+        --concepts_heldout CONCEPTS_HELDOUT.zip --backbone MOBILENET.safetensors  # 64 px, two hours on a CPU
+    python studies/train_release.py real128 ... --size 128 --width 64 --batch 128 --d_steps 2 --beta2 0.99 \\
+        --steps 30000 40000 5000 6000  # a GPU
 
-In order: train on common cars, shorten the code to the directions that show and let it settle, fine-tune on concept cars, shorten both codes
-alike, train the encoder, measure, release. Each stage is the sub-command of its name, its run lies in runs/NAME, and goes on where it was
-stopped. The release, data/NAME, gets half-precision weights and the records; no network is needed.
-"""
+In order: train on common cars, shorten the code to the directions that show and let it settle, fine-tune on concept
+cars, shorten both codes alike, train the encoder, measure, release. Each stage is the sub-command of its name, its
+run lies in runs/NAME, and goes on where it was stopped. The release, data/NAME, gets half-precision weights and the
+records; no network is needed."""
 
 import argparse
 import sys
@@ -37,8 +38,14 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     for option, what in sources.items():
         parser.add_argument(f"--{option}", required=True, help=f"{what}: zip or folder")
     parser.add_argument("--backbone", required=True, help="who measures: a MobileNetV2 file, inception, or toys")
-    parser.add_argument("--steps", type=int, nargs=4, default=(4000, 5500, 1000, 1200), metavar=("FIRST", "COMMON", "CONCEPT", "ENCODER"),
-                        help="until the common cars' code is shortened, in all, of the child, of the encoder")  # fmt: skip
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=4,
+        default=(4000, 5500, 1000, 1200),
+        metavar=("FIRST", "COMMON", "CONCEPT", "ENCODER"),
+        help="until the common cars' code is shortened, in all, of the child, of the encoder",
+    )
     parser.add_argument("--max_minutes", type=float, default=None, help="stop cleanly after so long; without it never")
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--width", type=int, default=16, help="channels at full size; 64 is the published network")
@@ -101,9 +108,17 @@ class Stages:
         """Train on common cars."""
         text = self.text
         config = TrainConfig(
-            size=text.size, width=text.width, z_dim=z_dim, steps=steps, batch=text.batch, d_steps=text.d_steps, beta2=text.beta2,
-            augment=text.augment, report_every=text.report_every, seed=text.seed,
-        )  # fmt: skip
+            size=text.size,
+            width=text.width,
+            z_dim=z_dim,
+            steps=steps,
+            batch=text.batch,
+            d_steps=text.d_steps,
+            beta2=text.beta2,
+            augment=text.augment,
+            report_every=text.report_every,
+            seed=text.seed,
+        )
         run = {"run": self.path(stage), "allow_changes": True, "max_minutes": self.minutes_left()}
         commands.train(Train(text.data, heldout=text.heldout, config=config, **run, **self.evaluated))
         self.check_done(stage, "final", steps)

@@ -1,15 +1,16 @@
-"""Train the 2022 recipe, ours, and ours with one change at a time, on the same photos for the same steps; can be stopped and goes on.
+"""Train the 2022 recipe, ours, and ours with one change at a time, on the same photos for the same steps.
 
     python studies/training_recipe.py compare --data COMMON.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
-    python studies/training_recipe.py search --data COMMON.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors --seeds 0
+    python studies/training_recipe.py search --data COMMON.zip --heldout HELDOUT.zip \\
+        --backbone MOBILENET.safetensors --seeds 0
     python studies/training_recipe.py time --data COMMON.zip
 
-All runs have the same networks, batch size, generator steps and engine; what differs is in `RECIPES` and `CHANGES`. Each is measured as its
-recipe would draw: the 2022 recipe has no average and normalises by the batch, ours draws with the average and standing statistics. At the end
-the generator is measured without its average too, and at further half-lives of the average, which one run can carry side by side.
-data/records/recipe_NAME.jsonl gets a line for each run, recipe_NAME.json what all runs share, unless --record names another. `time` lets the
-recipes take turns, so that all of them meet the same load, and writes the seconds of a step to recipe_time.json.
-"""
+All runs have the same networks, batch size, generator steps and engine; what differs is in `RECIPES` and `CHANGES`.
+Each is measured as its recipe would draw: the 2022 recipe has no average and normalises by the batch, ours draws with
+the average and standing statistics. At the end the generator is measured without its average too, and at further
+half-lives of the average, which one run can carry side by side. data/records/recipe_NAME.jsonl gets a line for each
+run, recipe_NAME.json what all runs share, unless --record names another. `time` lets the recipes take turns, so that
+all of them meet the same load, and writes the seconds of a step to recipe_time.json."""
 
 import argparse
 import copy
@@ -176,9 +177,14 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 def read_config(arguments: argparse.Namespace) -> TrainConfig:
     """Return what all runs share."""
     return TrainConfig(
-        size=arguments.size, width=arguments.width, z_dim=arguments.z_dim, batch=arguments.batch, steps=arguments.steps,
-        lecam_start=arguments.steps // 6, report_every=arguments.steps,
-    )  # fmt: skip
+        size=arguments.size,
+        width=arguments.width,
+        z_dim=arguments.z_dim,
+        batch=arguments.batch,
+        steps=arguments.steps,
+        lecam_start=arguments.steps // 6,
+        report_every=arguments.steps,
+    )
 
 
 def time_recipes(arguments: argparse.Namespace, n_rounds: int = 8, n_steps: int = 5) -> None:

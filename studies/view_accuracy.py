@@ -1,12 +1,12 @@
-"""Measure the view classifier on labelled photos, cross-validated, with and without the help of photos that have no label.
+"""Cross-validate the view classifier on labelled photos, with and without unlabelled photos.
 
-    python studies/view_accuracy.py --views views.zip --backbone mobilenet_v2.safetensors --unlabelled common.zip concept.zip
+    python studies/view_accuracy.py --views views.zip --backbone mobilenet_v2.safetensors \\
+        --unlabelled common.zip concept.zip
 
-It writes data/records/views.json. Within a run nothing is chosen by looking at the test folds: the settings are the defaults of
-`carproto.data.views`. But those defaults were found by trying some dozens of settings on the same photos, in the foldings of other seeds
-(from 10 on), so the result is a little kind. Of the unlabelled photos nothing but the pictures is used; copies of labelled photos and
-pictures that are drawn by a game are left out.
-"""
+It writes data/records/views.json. Within a run nothing is chosen by looking at the test folds: the settings are the
+defaults of `carproto.data.views`. But those defaults were found by trying some dozens of settings on the same photos,
+in the foldings of other seeds (from 10 on), so the result is a little kind. Of the unlabelled photos nothing but the
+pictures is used; copies of labelled photos and pictures that are drawn by a game are left out."""
 
 import argparse
 import time
@@ -19,8 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from carproto.data.backbone import ViewFeatureExtractor
-from carproto.data.dataset import PictureStore, read_metadata
-from carproto.data.duplicates import hash_pictures, make_thumbnails, near_duplicates
+from carproto.data.comparison import hash_pictures, make_thumbnails
+from carproto.data.duplicates import near_duplicates
+from carproto.data.metadata import read_metadata
+from carproto.data.store import PictureStore
 from carproto.data.views import (
     ViewClassifier,
     choose_confidence,
@@ -44,7 +46,7 @@ def read_labelled(path: str) -> tuple[list, list[str]]:
 
 
 def read_unlabelled(path: str, n: int, seed: int, squashed: bool) -> list:
-    """Return square pictures drawn at random; squashed ones get back the shape that photos usually have before they are letterboxed."""
+    """Return random square photos; squashed ones get their usual shape back before they are letterboxed."""
     store, rng = PictureStore(path), np.random.default_rng(seed)
     rows, pictures = read_metadata(store), []
     names = [name for name in store.names if rows.get(name, {}).get("kind") != "render"]
@@ -90,8 +92,14 @@ def evaluate_seeds(
         for seed in tqdm(range(n_seeds), desc="seeds")
     ]
     scores = [evaluate_views(part, views) for part in chances]
-    numbers = {name: {"mean": float(np.mean([g[name] for g in scores])), "sd": float(np.std([g[name] for g in scores])),
-                      "of_each_seed": [round(g[name], 4) for g in scores]} for name in ("views", "keep")}  # fmt: skip
+    numbers = {
+        name: {
+            "mean": float(np.mean([g[name] for g in scores])),
+            "sd": float(np.std([g[name] for g in scores])),
+            "of_each_seed": [round(g[name], 4) for g in scores],
+        }
+        for name in ("views", "keep")
+    }
     confidence = choose_confidence(chances[0], views, wanted=0.99)
     return {
         **numbers,

@@ -2,9 +2,8 @@
 
     from jupyter import SHOTS, browser, open_notebook, serve_lab, write_notebook
 
-`browser` is a fixture. It needs Chromium and the Python package playwright: where they are missing the tests that use it are skipped, except
-where CI is set: there they fail. Screenshots go to artifacts/screenshots.
-"""
+`browser` is a fixture. It needs Chromium and the Python package playwright: where they are missing the tests that use
+it are skipped, except where CI is set: there they fail. Screenshots go to artifacts/screenshots."""
 
 import os
 import shutil
@@ -23,8 +22,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = ROOT / "artifacts" / "screenshots"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update
---disable-sync --disable-dev-shm-usage""".split()
+FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+--disable-component-update --disable-sync --disable-dev-shm-usage""".split()
 PATIENCE = 120_000  # milliseconds that a busy machine may take for one step
 RUN_ALL = """async () => {
     const app = window.jupyterapp;
@@ -67,9 +66,9 @@ def serve_lab(folder: Path, home: Path) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = f"""--no-browser --allow-root --ServerApp.ip=127.0.0.1 --ServerApp.port={port} --ServerApp.port_retries=0
-        --IdentityProvider.token= --ServerApp.password= --ServerApp.root_dir={folder} --LabApp.expose_app_in_browser=True
-        --LabApp.extension_manager=readonly""".split()
+    options = f"""--no-browser --allow-root --ServerApp.ip=127.0.0.1 --ServerApp.port={port}
+        --ServerApp.port_retries=0 --IdentityProvider.token= --ServerApp.password= --ServerApp.root_dir={folder}
+        --LabApp.expose_app_in_browser=True --LabApp.extension_manager=readonly""".split()
     settings = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
@@ -100,7 +99,7 @@ def serve_lab(folder: Path, home: Path) -> Iterator[str]:
 
 
 def open_notebook(browser, url: str, ready: str):
-    """Open a notebook, run it, and wait until what `ready` selects is there; what the page complains about is in `page.complaints`."""
+    """Open a notebook, run it, and wait for what `ready` selects; errors of the page are in `page.complaints`."""
     page = browser.new_page(viewport={"width": 1400, "height": 1100})
     page.set_default_timeout(PATIENCE)
     page.complaints = []

@@ -114,7 +114,7 @@ class LocalSite:
         self.server.server_close()
 
     def car_pages(self, path: str) -> str | None:
-        """Answer for a page of the catalogue, with its oddities: missing fields, repeated links, a page that has changed."""
+        """Answer for a catalogue page, with its oddities: missing fields, repeated links, a changed page."""
         link = '<li><a class="{}" href="{}">{}</a></li>'.format
         if path == "/new-cars":
             makes = [link("add-zip", f"/make/new,{make.lower()}", make) for make in CATALOGUE]
@@ -124,7 +124,8 @@ class LocalSite:
         if kind == "make":
             make = next((make for make in CATALOGUE if make.lower() == rest.removeprefix("new,")), None)
             names = [
-                f'<div class="name"><a href="/cars/{make.lower()}_{model.lower()}">{make} {model}</a><a href="#">more</a></div>'
+                f'<div class="name"><a href="/cars/{make.lower()}_{model.lower()}">{make} {model}</a>'
+                '<a href="#">more</a></div>'
                 for model in CATALOGUE.get(make, [])
             ]
             return f"<html><body>{''.join(names)}</body></html>" if make else None
@@ -179,7 +180,7 @@ class LocalSite:
         return f"<html>{title}<body>{'' if bare else crumbs + price + table}</body></html>"
 
     def photos(self, make: str, model: str, year: str) -> str:
-        """Write a photo page: escaped JSON, every photo twice; the i4 of 2019 has another page layout, the XC40 relative paths."""
+        """Write a photo page: escaped JSON, every photo twice; the i4 has another layout, the XC40 relative paths."""
         if (model, year) == ("i4", "2019"):
             return "<html><body><h1>Our new gallery</h1></body></html>"
         names = [f"{year}-{make}-{model}_{i:09d}".lower() for i in range(self.n_photos)]
@@ -188,7 +189,8 @@ class LocalSite:
             {name: f"{host}{name}/{photo}_{letter}.jpg" for name, (letter, _) in SIZES.items()}
             for photo in names + names[:2]
         ]
-        return f"<html><body><script>var gallery = {json.dumps({'images': links}).replace('/', chr(92) + '/')};</script></body></html>"
+        gallery = json.dumps({"images": links}).replace("/", chr(92) + "/")
+        return f"<html><body><script>var gallery = {gallery};</script></body></html>"
 
     def count(self, term: str) -> int:
         """Say how many pictures a search finds."""
@@ -270,13 +272,14 @@ class LocalSite:
         return json.dumps(answer)
 
     def google(self, n_results: int = 12) -> str:
-        """Write a result page like those of Google Images, escapes and thumbnails included; two more results come when one scrolls."""
+        """Write a result page like those of Google Images; two more results come when one scrolls."""
         records = []
         for i in range(n_results):
             url = f"{self.url}/pictures/go-{i}.jpg?w=1\\u0026h=2"
             thumb = f"https://encrypted-tbn0.gstatic.com/images?q\\u003dtbn:T{i}"
             records.append(
-                f'[0,"doc{i}",["{thumb}",168,300],["{url}",720,1280],null,0,"rgb(9,9,9)",null,0,{{"2000":[null,"cars.example","98KB"],'
+                f'[0,"doc{i}",["{thumb}",168,300],["{url}",720,1280],null,0,"rgb(9,9,9)",null,0,'
+                '{"2000":[null,"cars.example","98KB"],'
                 f'"2003":[null,"k{i}","{self.url}/article/{i}","Concept \\"{i}\\" \\u0026 friends",null,0]}}]'
             )
         anchor = html.escape(f"/imgres?imgurl={self.url}/pictures/go-anchor.jpg&imgrefurl={self.url}/article/a&h=1&w=2")
@@ -284,13 +287,15 @@ class LocalSite:
             """
             let n = 0;
             addEventListener("scroll", () => {
-                if (n++ < 2) document.body.insertAdjacentHTML("beforeend", `<a href="%s"><img alt="Later car"></a><p style="height:3000px"></p>`);
+                const more = `<a href="%s"><img alt="Later car"></a><p style="height:3000px"></p>`;
+                if (n++ < 2) document.body.insertAdjacentHTML("beforeend", more);
             });
         """
             % f"/imgres?imgurl={self.url}/pictures/go-later-${{n}}.jpg&amp;imgrefurl={self.url}/article/later"
         )
         return (
-            f'<html><body><script>var data = [{",".join(records)}];</script><a href="{anchor}"><img alt="Anchored car"></a>'
+            f"<html><body><script>var data = [{','.join(records)}];</script>"
+            f'<a href="{anchor}"><img alt="Anchored car"></a>'
             f'<p style="height:3000px"></p><script>{more}</script></body></html>'
         )
 

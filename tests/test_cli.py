@@ -82,7 +82,8 @@ def test_help_of_every_command_needs_no_torch(tmp_path):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_says_what_it_is(name):
     """The comment of a field is the help of its option; it says what None means."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(COMMANDS[name]), re.MULTILINE))
+    source = "".join(inspect.getsource(kind) for kind in COMMANDS[name].__mro__[:-1])  # without object
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
     for option in fields(COMMANDS[name]):
         if option.name not in ("config", "plan", "refine"):
             assert option.name in comments, f"--{option.name} has no help"
@@ -190,7 +191,7 @@ def test_interrupt_leaves_a_resumable_run(cars, tmp_path):
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(cars, tmp_path):
-    """One process is killed; the undisturbed run and the resumed one have a process of their own, as the killed one had."""
+    """One process is killed; the undisturbed run and the resumed one have their own, as it had."""
     from safetensors.torch import load_file
 
     line = ["train", "--data", str(cars), "--steps", "400", *TINY[:-1], "40"]

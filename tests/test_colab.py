@@ -1,9 +1,8 @@
-"""The tutorials on a machine like Colab's: carproto is not installed yet, ipywidgets is of version 7, Drive is refused, and there is no GPU.
+"""The tutorials on a machine like Colab's: no carproto yet, ipywidgets 7, no Drive, no GPU.
 
-The cells run in a kernel of their own, the setup cells among them, with a copy of this tree in place of GitHub and a temporary folder in place of
-/content. ipywidgets 7.7 is fetched once and kept in the temporary folder of this machine. Where it cannot be fetched the tests are skipped, except
-where CI is set: there they fail.
-"""
+The cells run in a kernel of their own, the setup cells among them, with a copy of this tree in place of GitHub and a
+temporary folder in place of /content. ipywidgets 7.7 is fetched once and kept in the temporary folder of this
+machine. Where it cannot be fetched the tests are skipped, except where CI is set: there they fail."""
 
 import os
 import re
@@ -155,7 +154,7 @@ def widgets() -> Path:
 
 @pytest.fixture
 def machine(widgets, tmp_path) -> Path:
-    """A Python that has all packages of this one, but ipywidgets 7 and no carproto; and a place with a copy of this tree to clone."""
+    """A Python with the packages of this one, but ipywidgets 7 and no carproto; and a copy of this tree to clone."""
     venv.create(tmp_path / "python", with_pip=False, symlinks=True)
     for part in PARTS:
         target = tmp_path / "upstream" / part
@@ -165,7 +164,7 @@ def machine(widgets, tmp_path) -> Path:
             ROOT / part, target
         )
     (own_part,) = (tmp_path / "python").glob("lib/python*/site-packages")
-    # a path in a .pth file counts after the folder that it is in; .pth files of that path, such as the one that shows carproto, are not read
+    # a path in a .pth file counts after its folder; .pth files of that path, such as carproto's own, are not read
     (own_part / "shared.pth").write_text(f"{widgets}\n{sysconfig.get_paths()['purelib']}\n")
     (tmp_path / "content").mkdir()
     return tmp_path
@@ -219,7 +218,7 @@ def test_quickstart_and_panels(machine):
 
 
 def test_your_cars(machine):
-    """The whole way in a folder of its own, since Drive is refused, with photos from a local web; then again from the top on an empty disk."""
+    """All stages in a folder of its own, with photos from a local web; then again from the top on an empty disk."""
     setup, *cells = cells_of("02_your_cars.ipynb", machine)
     position = next(i for i, cell in enumerate(cells) if "def sort_photos" in cell)
     with LocalSite() as site:

@@ -23,7 +23,7 @@ for name in ("requests", "protego", "selectolax"):
     pytest.importorskip(name)
 
 from carproto.config import CarprotoError  # noqa: E402
-from carproto.files import read_json_lines  # noqa: E402
+from carproto.json_lines import read_json_lines  # noqa: E402
 from carproto.scrape.catalogue import crawl_car_connection, parse_links, parse_photos, parse_specs  # noqa: E402
 from carproto.scrape.crawl import crawl  # noqa: E402
 from carproto.scrape.data_card import export_url_list, write_data_card  # noqa: E402
@@ -668,7 +668,8 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         fetcher = Fetcher(delay=0.002, cache_dir=folder + "/.cache", allow_private=True)
-        crawl_car_connection(folder, picture_size="small", base_url=url, image_url=url + "/img/", fetcher=fetcher, quiet=True)
+        addresses = {"base_url": url, "image_url": f"{url}/img/"}
+        crawl_car_connection(folder, picture_size="small", fetcher=fetcher, quiet=True, **addresses)
         os._exit(0)
     print(child, flush=True)
     sys.stdin.readline()
@@ -689,7 +690,7 @@ def test_kill_nine_changes_nothing(tmp_path):
         )
 
         def run(target: Path, kill_after: int | None, disturb=None) -> int:
-            "Exit status of one crawl, killed at a random moment after `kill_after` requests; it stands still while `disturb` is called"
+            "Exit status of one crawl, killed after `kill_after` requests; it stands still while `disturb` is called"
             n_before = sum(site.log.values())
             parent.stdin.write(json.dumps([str(target), site.url]) + "\n")
             parent.stdin.flush()

@@ -1,4 +1,4 @@
-"""The documentation as nbdev makes it, before Quarto draws it: every page is there, every link leads somewhere, every public name is told."""
+"""The documentation as nbdev makes it, before Quarto: every page, every link, every public name."""
 
 import ast
 import json
@@ -127,7 +127,7 @@ def find_dead_links(pages: dict[str, Page], folder: Path, repository: Path) -> l
 
 
 def public_names(module: Path) -> tuple[list[str], list[str]]:
-    """Read what a module offers: functions and classes, of which nbdev makes entries, and constants without a comment, which need prose."""
+    """Read what a module offers: functions and classes, which get entries, and constants that need prose."""
     source = module.read_text(encoding="utf-8")
     tree = ast.parse(source)
     defined = {
@@ -146,7 +146,7 @@ def public_names(module: Path) -> tuple[list[str], list[str]]:
 
 
 def find_untold(modules: list[Path], pages: dict[str, Page]) -> list[str]:
-    """List public names, as module.name, that their page does not tell: that have no entry, or stand nowhere in the prose."""
+    """List public names, as module.name, that have no entry on their page and stand nowhere in its prose."""
     by_output, untold = {}, []
     for name, page in pages.items():
         by_output[re.sub(r"^\d+_", "", PurePosixPath(name).parent.name), page.output] = page
@@ -239,7 +239,8 @@ def test_sidebar_and_settings_name_what_is_there(docs, pages):
 
 def test_planted_mistakes_are_seen(tmp_path):
     """A missing page, place, picture and file, one of each kind of link; and what is right is left alone."""
-    good = "# A\n\n## What is *new*\n\n### `Thing.__call__`\n\n[a](a.ipynb#what-is-new) [b](#thing.call) `[not](a-link)` [x](https://x.org/y#z)"
+    good = "# A\n\n## What is *new*\n\n### `Thing.__call__`\n\n"
+    good += "[a](a.ipynb#what-is-new) [b](#thing.call) `[not](a-link)` [x](https://x.org/y#z)"
     good += f" [s]({SITE}/a.html#what-is-new) [f]({REPOSITORY}/blob/main/file.py#L3) ![p](p.jpg)"
     bad = ["none.ipynb", "a.ipynb#old", "#old", "q.jpg", f"{SITE}/b.html", f"{SITE}/a.html#old"]
     bad += [f"{REPOSITORY}/blob/main/none.py", f"{COLAB}none.ipynb"]

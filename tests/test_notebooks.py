@@ -106,7 +106,8 @@ def test_notebook_imports_only_lower_numbers(path, names):
 def test_tutorial_opens_and_installs_in_colab(path):
     """The badge has a cell of its own, since nbdev drops it from the title's; one setup cell serves all tutorials."""
     cells = nbformat.read(path, as_version=4).cells
-    badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/carproto/carproto/blob/main/nbs/tutorials/{path.name})"
+    link = f"{COLAB}/github/carproto/carproto/blob/main/nbs/tutorials/{path.name}"
+    badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})"
     assert cells[1].source == badge and cells[1].cell_type == "markdown"
     (setup,) = (cell.source for cell in cells if "git clone" in cell.source)
     assert setup == SETUP.format(extras=(re.findall(r"\[\w+\]", setup) or [""])[0])

@@ -76,7 +76,7 @@ def test_every_module_has_a_notebook():
 
 
 def test_modules_need_only_what_a_user_installs():
-    """`import carproto.anything` works without the extras: what they bring is imported inside the function that needs it."""
+    """Every module imports without the extras: what they bring is imported inside the function that needs it."""
     names = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}
     at_hand = {names.get(name, name) for name in (Requirement(text).name for text in SETTINGS["requirements"].split())}
     at_hand |= {"IPython"}  # ipywidgets needs it

@@ -38,7 +38,7 @@ def make_trainer() -> Trainer:
 
 
 def gradients(trainer: Trainer) -> dict:
-    """Return the gradients of one step of each network, and LeCam's means; D's samples use fixed BatchNorm statistics."""
+    """Return the gradients of one step of D and G, and LeCam's means, with fixed BatchNorm statistics."""
     trainer.G.eval()
     trainer.step_discriminator()
     results = {f"D.{name}": p.grad.clone() for name, p in trainer.D.named_parameters()}
@@ -90,9 +90,21 @@ def test_two_processes_write_one_run_and_resume_exactly(tmp_path):
     sessions = [json.loads(row) for row in (tmp_path / "parts" / "sessions.jsonl").read_text().splitlines()]
     assert [(row["step"], row["n_processes"]) for row in sessions] == [(0, 2), (4, 2)]
     alone = subprocess.run(
-        [BIN / "carproto", "train", "--data", tmp_path / "cars", "--run", "parts", *"--size 16 --width 4 --batch 8 --steps 9".split()],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            BIN / "carproto",
+            "train",
+            "--data",
+            tmp_path / "cars",
+            "--run",
+            "parts",
+            *"--size 16 --width 4 --batch 8 --steps 9".split(),
+        ],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert alone.returncode == 2 and "trained by 2 processes" in alone.stderr
     uneven = train(tmp_path, "uneven", "--steps", "4", "--batch", "7")
     assert uneven.returncode != 0 and "multiple of 2" in uneven.stderr

@@ -1,4 +1,4 @@
-"""A training run that is killed, cut short or out of space resumes exactly where it can, and says so where it cannot."""
+"""A training run that is killed or out of space resumes exactly where it can, and says where it cannot."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ from carproto.toycars.dataset import ToyCars
 
 CONFIG = TrainConfig(size=16, width=4, z_dim=16, batch=8, steps=400, lecam_start=50, report_every=10)
 
-# A single-threaded parent imports once and forks a worker for each line that it reads: what to do, and the folder of it.
+# A single-threaded parent imports once and forks a worker for each line that it reads: a task and its folder.
 # It reaps the child only at the next line, so that a child that is killed is still there, if only as a zombie.
 # At the end it skips the teardown of PyTorch, which takes seconds on a busy machine.
 PARENT = """
@@ -182,7 +182,7 @@ def test_a_kill_around_the_first_checkpoint_loses_nothing(tmp_path, monkeypatch,
 
 @pytest.fixture
 def short_run(tmp_path):
-    """Return images and the folder of a run that was stopped after 20 of 40 steps, and the configuration to resume it."""
+    """Return images, the folder of a run stopped after 20 of 40 steps, and the configuration to resume it."""
     images = ToyCars(40, 16, seed=0).images
     train_gan(images, tmp_path / "run", TrainConfig(**{**asdict(CONFIG), "steps": 20}), device="cpu", quiet=True)
     return images, tmp_path / "run", TrainConfig(**{**asdict(CONFIG), "steps": 40})

@@ -192,8 +192,29 @@ def photos(tmp_path_factory) -> dict[str, str]:
 
 
 def test_recipes_differ_as_they_say(photos, tmp_path):
-    options = ["compare", "--data", photos["data"], "--heldout", photos["heldout"], "--backbone", "toys", "--size", "16", "--width", "4",
-               "--batch", "4", "--steps", "2", "--n_measured", "1", "--n_fake", "24", "--out", str(tmp_path)]  # fmt: skip
+    options = [
+        "compare",
+        "--data",
+        photos["data"],
+        "--heldout",
+        photos["heldout"],
+        "--backbone",
+        "toys",
+        "--size",
+        "16",
+        "--width",
+        "4",
+        "--batch",
+        "4",
+        "--steps",
+        "2",
+        "--n_measured",
+        "1",
+        "--n_fake",
+        "24",
+        "--out",
+        str(tmp_path),
+    ]
     study_recipe.main([*options, "--seeds", "0", "--recipes", "2022"])
     study_recipe.main([*options, "--seeds", "0"])
     rows = [json.loads(line) for line in (tmp_path / "recipe_compare.jsonl").read_text().splitlines()]
@@ -224,8 +245,35 @@ def test_batch_decides_in_the_recipe_of_2022():
 
 def test_pair_from_photos_to_release_in_pieces(photos, tmp_path):
     sources = [word for name, path in photos.items() for word in (f"--{name}", path)]
-    options = ["tiny", *sources, "--backbone", "toys", "--size", "16", "--width", "4", "--batch", "8", "--z_dims", "8", "6", "4", "--n_frozen", "1",
-               "--steps", "4", "6", "3", "3", "--report_every", "2", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "data")]  # fmt: skip
+    options = [
+        "tiny",
+        *sources,
+        "--backbone",
+        "toys",
+        "--size",
+        "16",
+        "--width",
+        "4",
+        "--batch",
+        "8",
+        "--z_dims",
+        "8",
+        "6",
+        "4",
+        "--n_frozen",
+        "1",
+        "--steps",
+        "4",
+        "6",
+        "3",
+        "3",
+        "--report_every",
+        "2",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "data"),
+    ]
     with pytest.raises(SystemExit, match="the same command goes on"):
         train_pair.main([*options, "--max_minutes", "0.00001"])
     train_pair.main(options)

@@ -1,8 +1,7 @@
 """The studio in JupyterLab and the report page from disk, moved by a real browser.
 
-Needs Chromium and the Python package playwright. Where they are missing the tests are skipped, except where CI is set: there they fail.
-Screenshots go to artifacts/screenshots.
-"""
+Needs Chromium and the Python package playwright. Where they are missing the tests are skipped, except where CI is
+set: there they fail. Screenshots go to artifacts/screenshots."""
 
 import io
 import json
@@ -46,14 +45,17 @@ class Pencil(torch.nn.Module):
     def config(self): return {{"size": 128}}
     def fingerprint(self): return str(self.futurism.item())
     def forward(self, z):
-        cars = [CarFactors("front-left", "coupe", self.futurism.item(), hue=h, value=0.4 + v / 2, length=0.9 + l / 5, height=0.9 + t / 5)
-                for h, v, l, t in torch.special.ndtr(z.double()).tolist()]
+        cars = []
+        for h, v, l, t in torch.special.ndtr(z.double()).tolist():
+            shape = {{"hue": h, "value": 0.4 + v / 2, "length": 0.9 + l / 5, "height": 0.9 + t / 5}}
+            cars.append(CarFactors("front-left", "coupe", self.futurism.item(), **shape))
         images = [torch.from_numpy(render_car(car, 128)[0].copy()).permute(2, 0, 1) for car in cars]
         return torch.stack(images) / 127.5 - 1
 
 common, futuristic = Pencil(0.0), Pencil(1.0)
 darkness = lambda images: (0.5 - images[:, :, :8].mean((1, 2, 3)) / 2).tolist()
-make = lambda: IntensityStudio(CarPipeline(common, futuristic, futurism=darkness), sample_latents(4, 4), folder={folder!r})
+pipeline = CarPipeline(common, futuristic, futurism=darkness)
+make = lambda: IntensityStudio(pipeline, sample_latents(4, 4), folder={folder!r})
 """
 RELEASED = """
 from carproto.app.studio import open_studio
@@ -129,7 +131,10 @@ def released(browser, lab, page):  # noqa: F811
 def seen(page) -> bytes:
     """Fetch the bytes of the picture that the browser shows."""
     numbers = page.evaluate(
-        """async () => [...new Uint8Array(await (await fetch(document.querySelector('img.carproto-picture').src)).arrayBuffer())]"""
+        """async () => {
+            const picture = await fetch(document.querySelector('img.carproto-picture').src);
+            return [...new Uint8Array(await picture.arrayBuffer())];
+        }"""
     )
     return bytes(numbers)
 
@@ -145,8 +150,11 @@ def wait_for_picture(page, expected: bytes) -> None:
     raise AssertionError("the browser does not show the expected frame")
 
 
-SHOWN = """n => [...document.querySelectorAll('.carproto-photo-browser-grid img')].filter(image => getComputedStyle(image).visibility === 'visible'
-    && image.naturalWidth > 1).length === n"""
+SHOWN = """n => {
+    const images = [...document.querySelectorAll('.carproto-photo-browser-grid img')];
+    const isShown = image => getComputedStyle(image).visibility === 'visible' && image.naturalWidth > 1;
+    return images.filter(isShown).length === n;
+}"""
 WATCH = """event => {
     const image = document.querySelector('img.carproto-picture'), before = image.src;
     window.decoded = new Promise((done, fail) => {
@@ -209,7 +217,7 @@ def upload(page, control: str, file) -> None:
 
 
 def photograph(page, name: str, top: str = ".carproto-studio") -> None:
-    """Take pictures of the panel, from a part on, in both themes and two widths; check that nothing is cut off or covers something else."""
+    """Photograph the panel, from a part on, in both themes and two widths; check that nothing is cut or covered."""
     for width, theme in ((1400, "Light"), (900, "Light"), (900, "Dark"), (1400, "Dark")):
         page.set_viewport_size({"width": width, "height": 1100})
         page.evaluate(
@@ -459,9 +467,9 @@ def test_page_from_disk(browser, work):  # noqa: F811
     for width, scheme in ((1400, "light"), (900, "dark")):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         asked, complaints = [], []
-        page.on("request", lambda request: asked.append(request.url) if not request.url.startswith("data:") else None)  # noqa: B023
-        page.on("pageerror", lambda error: complaints.append(str(error)))  # noqa: B023
-        page.on("console", lambda message: complaints.append(message.text))  # noqa: B023
+        page.on("request", lambda request, asked=asked: asked.append(request.url))
+        page.on("pageerror", lambda error, complaints=complaints: complaints.append(str(error)))
+        page.on("console", lambda message, complaints=complaints: complaints.append(message.text))
         page.goto(path.as_uri())
         slider, picture = page.locator("input[type=range]"), page.locator(".stage img")
         slider.focus()
@@ -481,15 +489,17 @@ def test_page_from_disk(browser, work):  # noqa: F811
         assert 0 < int(slider.input_value()) < 40
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         page.screenshot(path=SHOTS / f"page_{width}_{scheme}.png", full_page=True)
-        assert asked == [path.as_uri()] and not complaints
+        assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()] and not complaints
         page.close()
 
 
 def test_an_unmeasured_slider_stops_no_other(browser, tmp_path):  # noqa: F811
-    """NaN is no JSON: it ended the page's script before the sliders below; the policy lets only the page's own script run."""
+    """NaN is no JSON: it ended the script before the sliders below. The policy lets only the page's script run."""
     cars = ToyCars(3, 32, progress=False).images
-    sliders = [Slider(cars, [0, 0.5, 1], {"futurism": values}, title=title) for title, values in
-               (("First", [0.1, math.nan, math.inf]), ("Second", [0.1, 0.2, 0.3]))]  # fmt: skip
+    sliders = [
+        Slider(cars, [0, 0.5, 1], {"futurism": values}, title=title)
+        for title, values in (("First", [0.1, math.nan, math.inf]), ("Second", [0.1, 0.2, 0.3]))
+    ]
     path = write_report(tmp_path / "page.html", "Page", [Section("Sliders", items=sliders)])
     path.write_text(path.read_text().replace("</main>", "<script>document.title = 'injected'</script></main>"))
     page, errors = browser.new_page(), []

@@ -1,4 +1,4 @@
-"""Everything that is generated from the notebooks is fresh, seen on a copy of the tree; and planted mistakes are seen."""
+"""Everything that is generated from the notebooks is fresh, on a copy of the tree; planted mistakes are seen."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The words of the field, not a dialect: banned words in names, prose, help and README, with a short list of what is allowed."""
+"""The field's words: banned words in names, prose, help and README, with a short list of what is allowed."""
 
 import ast
 import io
@@ -14,7 +14,8 @@ NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_c
 MODULES = sorted(path for path in (ROOT / "carproto").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
 
 NAMES = re.compile(  # parts of identifiers
-    r"^(draw_latents|drawing_generator|eyes?|toyreader|readers?|weave|forms|dial|dialled|route|journey|album|guard|usual|doubtful|likeness|variety|"
+    r"^(draw_latents|drawing_generator|eyes?|toyreader|readers?|weave|forms|dial|dialled|route|journey|album|guard|"
+    r"usual|doubtful|likeness|variety|"
     r"leaning|judge|judged|skin|told|ways|compact|IndexStream|Feed|read_car|read_pictures|day)$"
 )
 PROSE = {  # pattern in running text: what to write

@@ -1,6 +1,7 @@
 """Run notebooks in place and store their outputs, so that a reader sees the figures without running anything.
 
-Cells marked `eval: false`, `slow` or `cuda` keep the outputs that they have. Only cells that measure time change from run to run.
+Cells marked `eval: false`, `slow` or `cuda` keep the outputs that they have. Only cells that measure time change from
+run to run.
 
     python tools/store_outputs.py nbs/0_base/01_core.ipynb ...      # these; none named means all
 """
@@ -30,7 +31,7 @@ class StoringClient(NotebookClient):
 
 
 def join_streams(notebook) -> None:
-    """Join pieces of one stream, whose cuts depend on timing; drop progress bars and widgets, which no stored page can move."""
+    """Join pieces of one stream, whose cuts depend on timing; drop progress bars and widgets."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue

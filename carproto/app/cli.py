@@ -14,7 +14,20 @@ from contextlib import redirect_stderr
 
 import tyro
 
-from .options import Blend, Curate, Demo, Encode, Evaluate, Finetune, Scrape, Subspace, Train
+from carproto.app.options import (
+    Blend,
+    Curate,
+    Demo,
+    Encode,
+    Evaluate,
+    Export,
+    Finetune,
+    Label,
+    Scrape,
+    Studio,
+    Subspace,
+    Train,
+)
 from ..config import CarprotoError
 
 # %% ../../nbs/8_app/35_cli.ipynb #f8306b91
@@ -22,12 +35,15 @@ COMMANDS = {  # sub-command: dataclass of its options
     "demo": Demo,
     "scrape": Scrape,
     "curate": Curate,
+    "label": Label,
     "train": Train,
     "finetune": Finetune,
     "subspace": Subspace,
     "encode": Encode,
     "blend": Blend,
     "evaluate": Evaluate,
+    "export": Export,
+    "studio": Studio,
 }
 
 
@@ -70,18 +86,21 @@ def run(
     options: object,  # of one sub-command
 ) -> None:
     "Run one sub-command; import its stage, and PyTorch, only here."
-    from carproto.app import commands, latent_commands
+    from carproto.app import commands, latent_commands, live_page, notebook_commands
 
     functions = {
         Demo: commands.demo,
         Scrape: commands.scrape,
         Curate: commands.curate,
+        Label: notebook_commands.label,
         Train: commands.train,
         Finetune: commands.finetune,
         Subspace: commands.subspace,
         Encode: latent_commands.encode,
         Blend: latent_commands.blend,
         Evaluate: commands.evaluate,
+        Export: live_page.export,
+        Studio: notebook_commands.studio,
     }
     functions[type(options)](options)
 

@@ -16,17 +16,19 @@ import torch
 
 from .demo import run_demo
 from .options import Curate, Demo, Evaluate, Finetune, Scrape, Subspace, Train
-from ..config import CarprotoError
+from ..config import CarprotoError, TrainConfig
 from ..data.align import AlignConfig, frame_of
 from ..data.curate import contact_sheet, count_reasons
 from ..data.curate import curate as curate_photos
-from ..data.dataset import open_both, open_unseen
-from ..data.masks import Aligner, find_aligner
+from ..data.frames import find_aligner
+from ..data.heldout import open_both, open_unseen
+from ..data.masks import Aligner
 from ..data.views import KEPT_VIEWS, load_view_classifier
-from ..eval.features import feature_extractor
+from ..eval.features import FeatureExtractor, feature_extractor
 from ..eval.metrics import Evaluator
-from ..files import save_json
+from ..files import load_json, save_json
 from ..gan.finetune import finetune_freezed
+from ..gan.session import check_extractor
 from ..gan.subspace import subspace_run
 from ..gan.train import Result, best_generator, train_gan
 from ..gan.trainer import read_restrictions
@@ -135,18 +137,32 @@ def curate(
     )
 
 # %% ../../nbs/8_app/31_commands.ipynb #cf9b56b6
-def _make_evaluator(options: Train | Finetune, train: torch.Tensor, heldout: torch.Tensor) -> Evaluator | None:
+def _feature_net(folder: str) -> str | None:
+    "Return the network whose features a run's discriminator uses; None for a run without one, or a release."
+    path = Path(folder) / "config.json"
+    return load_json(path).get("feature_net") if path.exists() else None
+
+
+def _make_extractor(options: Train | Finetune | Evaluate, feature_net: str | None) -> FeatureExtractor:
+    "Make the extractor of a run's metrics; raise `CarprotoError` for the network that its discriminator uses."
+    features = feature_extractor(options.extractor, size=options.extractor_size)
+    check_extractor(TrainConfig(feature_net=feature_net), features)
+    return features
+
+
+def _make_evaluator(
+    options: Train | Finetune, feature_net: str | None, train: torch.Tensor, heldout: torch.Tensor
+) -> Evaluator | None:
     "Make the evaluator of a run's reports, on at most 2,000 held-out images."
     if options.extractor is None:
         return None
-    features = feature_extractor(options.extractor, size=options.extractor_size)
-    return Evaluator(heldout[:2000], features, train=train, show_bar=True)
+    return Evaluator(heldout[:2000], _make_extractor(options, feature_net), train=train, show_bar=True)
 
 
-def _open_training(options: Train | Finetune, size: int) -> tuple[torch.Tensor, dict]:
+def _open_training(options: Train | Finetune, size: int, feature_net: str | None) -> tuple[torch.Tensor, dict]:
     "Open the training images, and the arguments that `train_gan` and `finetune_freezed` share."
     cars, unseen = open_both(options.data, options.heldout, size, fit=options.fit, find_aligner=find_aligner)
-    evaluator = _make_evaluator(options, cars.images, unseen.images)
+    evaluator = _make_evaluator(options, feature_net, cars.images, unseen.images)
     about = {
         "data": options.data,
         "heldout": options.heldout or f"split of {options.data}",
@@ -184,7 +200,7 @@ def train(
     options: Train,  # data, run and hyperparameters
 ) -> None:
     "Train an SN-GAN, or resume a run."
-    images, shared = _open_training(options, options.config.size)
+    images, shared = _open_training(options, options.config.size, options.config.feature_net)
     result = train_gan(
         images,
         options.run,
@@ -202,7 +218,7 @@ def finetune(
     "Fine-tune a trained run with FreezeD, or resume such a run."
     parent = best_generator(options.source, "cpu")
     options = replace(options, fit=options.fit or parent.fit)
-    images, shared = _open_training(options, parent.size)
+    images, shared = _open_training(options, parent.size, _feature_net(options.source))
     result = finetune_freezed(options.source, images, options.run, **options.config.changes(), **shared)
     _print_result(result, f"carproto encode --common {quote(options.source)} --futuristic {quote(options.run)}")
 
@@ -240,7 +256,7 @@ def evaluate(
         find_aligner=find_aligner,
         trained_hash=trained_hash,
     )
-    features = feature_extractor(options.extractor, size=options.extractor_size)
+    features = _make_extractor(options, _feature_net(options.run))
     train_images = trained and trained.images
     evaluator = Evaluator(unseen.images, features, train=train_images, n_fake=options.n_fake, show_bar=True)
     metrics = evaluator.evaluate(G)

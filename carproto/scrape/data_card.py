@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..config import CarprotoError
-from ..files import _TEXT, atomic_path, format_line, read_json_lines
+from ..files import atomic_path
+from ..json_lines import _TEXT, format_line, read_json_lines
 from .manifest import PhotoRecord, list_reasons, read_manifest
 from .urls import normalize_url
 from ..tables import escape_markdown
