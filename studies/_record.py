@@ -27,6 +27,13 @@ def save_record(results: dict, path: Path) -> Path:
     return save_json({"command": describe_command(), **results, "machine": describe_environment()}, path)
 
 
+def save_and_print(record: dict, path: Path) -> None:
+    """Write a record and print its entries."""
+    save_record(record, path)
+    for name, value in record.items():
+        print(f"{name}: {value}")
+
+
 class Study:
     """The record of a study in cells: NAME.json holds what they share, NAME.jsonl a line for each cell."""
 

@@ -82,15 +82,15 @@ def score_pack(store: PictureStore, aligner: Aligner) -> dict[str, float]:
     """Return the defect score of each photo that keeps all other limits, by name."""
     scores = {}
     rows = read_metadata(store)
-    limits_only, aspect = replace(aligner.config, classifier=None), aligner.config.aspect
+    limits_only = replace(aligner.config, classifier=None)
     classifier = load_mask_classifier(aligner.config.classifier)
     for name in tqdm(store.names, desc=Path(store.path).stem):
         data = store.read(name)
         view = rows[name].get("view") or rows[name].get("view_guess")
         photo, mask = open_picture(data), aligner.find_mask(store, name, data)
         try:
-            check_picture(photo, mask, limits_only, view=view)
-            inputs = classifier_inputs(photo, mask, aspect=aspect, mirrored=view in ("right", "front-right"))
+            car, _ = check_picture(photo, mask, limits_only, view=view)
+            inputs = classifier_inputs(car, view in ("right", "front-right"))
         except CarprotoError:
             continue
         scores[name] = score_mask(classifier, inputs)

@@ -22,7 +22,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from carproto.config import CarprotoError
-from carproto.data.align import AlignConfig
+from carproto.data.align import CUT_SIDE, AlignConfig, cut_car
 from carproto.data.mask_classifier import MaskClassifier, classifier_tensor, frame_layers, hide_surroundings
 from carproto.data.mask_limits import check_limits
 from carproto.data.masks import mask_name
@@ -60,7 +60,7 @@ def describe_photos(data: Path, masks: Path, aspect: float, wanted: set[str] | N
             if wanted is None and (view not in config.views or check_limits(mask, config, stretch=aspect * photo.height / photo.width)):
                 continue
             mirrored = view in ("right", "front-right")
-            layers[f"{pack}/{Path(name).name}"] = frame_layers(photo, mask, aspect=aspect, mirrored=mirrored)
+            layers[f"{pack}/{Path(name).name}"] = frame_layers(cut_car(photo, mask, config, CUT_SIDE), mirrored)
     return layers
 
 
@@ -149,7 +149,7 @@ def render_toys(n: int, rng: np.random.Generator) -> list[np.ndarray]:
         if i % 4 in (1, 2):
             picture = Image.composite(picture, noise if i % 4 == 1 else plain, mask)
         mask = mask.filter(ImageFilter.GaussianBlur((0, 0.8, 1.3, 1.8)[rng.integers(4)]))
-        layers.append(frame_layers(picture, mask, mirrored=view == "front-right"))
+        layers.append(frame_layers(cut_car(picture, mask, size=CUT_SIDE), view == "front-right"))
     return layers
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from _record import save_record
+from _record import save_and_print
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
@@ -168,9 +168,7 @@ def main() -> None:
         for start in range(0, len(pairs), 48):
             cells = [fit_square(photos[i], 128, "letterbox") for pair in pairs[start : start + 48] for i in pair]
             save_picture(image_grid(cells, 12, 0.62), arguments.sheets / f"pairs_{start:05d}.jpg")
-    save_record(record, arguments.out)
-    for name, value in record.items():
-        print(f"{name}: {value}")
+    save_and_print(record, arguments.out)
 
 
 if __name__ == "__main__":

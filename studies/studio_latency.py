@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from _record import save_record
+from _record import save_and_print
 
 from carproto.app.pipeline import CarPipeline
 from carproto.app.studio import IntensityStudio
@@ -62,9 +62,7 @@ def main() -> None:
             taken = asyncio.run(time_paths(studio, arguments.n))
             results = {"median": round(statistics.median(taken), 1), "slowest": round(max(taken), 1)}
             record["first_picture_ms"][name][f"{n_threads} thread" + "s" * (n_threads > 1)] = results
-    save_record(record, arguments.out)
-    for name, value in record.items():
-        print(f"{name}: {value}")
+    save_and_print(record, arguments.out)
 
 
 if __name__ == "__main__":

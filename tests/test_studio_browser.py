@@ -40,16 +40,16 @@ class Pencil(torch.nn.Module):
     "Draw toy cars; the futurism is the only weight."
     def __init__(self, futurism):
         super().__init__()
-        self.size, self.z_dim, self.blocks = 128, 4, torch.nn.ModuleList()
+        self.size, self.z_dim, self.blocks = 64, 4, torch.nn.ModuleList()
         self.futurism = torch.nn.Parameter(torch.tensor(futurism))
-    def config(self): return {{"size": 128}}
+    def config(self): return {{"size": 64}}
     def fingerprint(self): return str(self.futurism.item())
     def forward(self, z):
         cars = []
         for h, v, l, t in torch.special.ndtr(z.double()).tolist():
             shape = {{"hue": h, "value": 0.4 + v / 2, "length": 0.9 + l / 5, "height": 0.9 + t / 5}}
             cars.append(CarFactors("front-left", "coupe", self.futurism.item(), **shape))
-        images = [torch.from_numpy(render_car(car, 128)[0].copy()).permute(2, 0, 1) for car in cars]
+        images = [torch.from_numpy(render_car(car, 64)[0].copy()).permute(2, 0, 1) for car in cars]
         return torch.stack(images) / 127.5 - 1
 
 common, futuristic = Pencil(0.0), Pencil(1.0)

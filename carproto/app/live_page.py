@@ -21,35 +21,35 @@ import torch
 
 from .options import Export
 from .pipeline import CarPipeline
+from ..blend.calibrate import calibrate
 from ..blend.interpolate import blend_frames
 from ..blend.onnx_graph import OPSET, compare_with_pytorch, write_graph
-from ..blend.path_planning import plan_path
 from ..config import CarprotoError
 from ..core import sample_latents
 from ..files import atomic_path, cache_folder, save_json
-from ..weights import find_weights, hash_file
+from ..releases import hash_file
+from ..weights import find_weights
 
 # %% ../../nbs/8_app/34_live_page.ipynb #6ce41469
 def average_path(
     pipeline: CarPipeline,  # with both generators
     *,
-    n_pairs: int = 8,  # random pairs whose paths are averaged; 0 keeps straight lines
+    n_pairs: int = 8,  # random pairs that are calibrated; 0 keeps straight lines
+    n: int = 17,  # images of a pair
     seed: int = 1000,  # of the pairs
 ) -> dict[str, list[float]]:  # "labels", "latent", "coarse" and "fine", each rising from 0 to 1
-    "Average the planned paths of random pairs; straight lines where futurism is not measured."
-    labels = np.linspace(0, 1, 11)
-    if pipeline.futurism is None or not n_pairs:
-        return {name: labels.tolist() for name in ("labels", "latent", "coarse", "fine")}
-    plans = []
-    for i in range(n_pairs):
+    "Average the calibrated paths of random pairs; straight lines where futurism is not measured."
+    labels = torch.linspace(0, 1, 11)
+    paths = []
+    for i in range(n_pairs if pipeline.futurism is not None else 0):
         ends = sample_latents(2, pipeline.common.z_dim, seed=seed + i)
 
-        def frames(latent: torch.Tensor, generator: torch.Tensor, ends: torch.Tensor = ends) -> torch.Tensor:
-            return blend_frames(*pipeline.generators, *ends, latent, latent=latent, generator=generator)
+        def frames(w: torch.Tensor, ends: torch.Tensor = ends) -> torch.Tensor:
+            return blend_frames(*pipeline.generators, *ends, w)
 
-        plans.append(plan_path(frames, pipeline.futurism, perceptual=pipeline.perceptual, n_cube=0))
-    means = {name: np.mean([getattr(plan, name) for plan in plans], axis=0) for name in ("latent", "coarse", "fine")}
-    return {"labels": labels.tolist(), **{name: values.tolist() for name, values in means.items()}}
+        paths.append(calibrate(frames, pipeline.futurism, n=n, perceptual=pipeline.perceptual)(labels))
+    raw = (torch.stack(paths).mean(0) if paths else labels).tolist()
+    return {"labels": labels.tolist(), "latent": raw, "coarse": raw, "fine": raw}
 
 # %% ../../nbs/8_app/34_live_page.ipynb #1795c4a5
 N_SEEDS = 512  # cars that a page can show without computing random numbers as PyTorch does

@@ -8,7 +8,7 @@ __all__ = ['PathText', 'expand_path', 'Scrape', 'Curate', 'Session', 'Train', 'F
 
 # %% ../../nbs/8_app/30_options.ipynb #437c5339
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional
@@ -145,7 +145,7 @@ class Finetune(Session):
     source: PathText = "runs/common"  # folder of the parent run
     data: PathText = "toycars-futuristic"  # folder or zip of futuristic cars, or toycars-futuristic
     run: PathText = "runs/futuristic"  # folder of the fine-tuned run; an existing run is resumed
-    fit: Fit | None = None  # how a photo becomes square; None takes the parent's
+    fit: Fit | None = field(default=None, kw_only=True)  # how a photo becomes square; None takes the parent's
     config: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig()
 
 # %% ../../nbs/8_app/30_options.ipynb #16689bb5

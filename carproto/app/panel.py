@@ -225,7 +225,9 @@ def show_sheet(self: StudioPanel, images: torch.Tensor, names: Sequence[str]) ->
     self.sheet.value = encode_picture(image_strip(images, scale=80 / images.shape[-1]))
     self.sheet.layout.width = f"{100 * len(names) / _N_SHEET:.2f}%"
     style = f"flex: 0 0 {100 / _N_SHEET:.3f}%; overflow: hidden; text-overflow: ellipsis; white-space: nowrap"
-    cells = "".join(f'<span style="{style}; text-align: center" title="{escape(name)}">{escape(name)}</span>' for name in names)
+    cells = "".join(
+        f'<span style="{style}; text-align: center" title="{escape(name)}">{escape(name)}</span>' for name in names
+    )
     self.sheet_names.value = f'<div style="display: flex; font-size: 11px; line-height: 1.3">{cells}</div>'
 
 

@@ -119,16 +119,16 @@ def _fill(self: PathView, path: BlendPath, batch: int, low: float, high: float) 
 @patch
 def _calibrate(self: PathView, path: BlendPath, keep: str | None) -> Iterator[None]:
     "Return the calibrated path; the bar goes on by less with each piece, since their number is not known."
-    job, share = self.cars.pipeline.find_calibration(path.recipe, keep), 0.4
-    while True:
-        try:
-            next(job)
-        except StopIteration as end:
-            calibration = end.value
-            break
+    found, share = [], 0.4
+
+    def calibrate() -> Iterator[None]:
+        found.append((yield from self.cars.pipeline.find_calibration(path.recipe, keep)))
+
+    for _ in calibrate():
         share += 0.03 * (0.6 - share)
         self.panel.show_progress(share)
         yield
+    calibration = found[0]
     if not calibration.rises and not self.panel.message.value:
         self.panel.show_message(NOT_RISING)
     return BlendPath(calibration(path.recipe), self.cars.pipeline)

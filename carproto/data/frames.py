@@ -14,6 +14,7 @@ from PIL import Image
 
 from ..config import CarprotoError
 from .align import DEFAULT_ALIGN, AlignConfig, config_of
+from .mask_classifier import load_mask_classifier
 from .masks import Aligner, align_checked, own_alpha, picture_alpha
 from ..files import load_json, read_file
 from ..images import open_picture, to_tensor
@@ -62,7 +63,7 @@ def align_for(
 
 
 def _align_one(aligner: Aligner, source: Image.Image | str | Path | bytes, size: int, view: str | None) -> Image.Image | str:
-    "Align one picture, or return the reason why it is rejected; raise `CarprotoError` when the network cannot be loaded."
+    "Align one picture, or return the reason why it is rejected; raise `CarprotoError` when a network cannot be loaded."
     try:
         if isinstance(source, Image.Image):
             picture = source.convert("RGB")
@@ -74,6 +75,8 @@ def _align_one(aligner: Aligner, source: Image.Image | str | Path | bytes, size:
     except CarprotoError as error:
         return str(error)
     mask = mask or aligner.load_segment()(picture)
+    if aligner.config.classifier:
+        load_mask_classifier(aligner.config.classifier)
     try:
         return align_checked(picture, mask, size, aligner.config, view=view)
     except CarprotoError as error:

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['frame_layers', 'hide_surroundings', 'classifier_inputs', 'MaskClassifier', 'classifier_tensor',
-           'load_mask_classifier', 'score_mask', 'check_mask']
+           'load_mask_classifier', 'score_mask', 'cut_checked', 'check_mask']
 
-# %% ../../nbs/3_data/14_mask_classifier.ipynb #90009b8a
-from dataclasses import replace
+# %% ../../nbs/3_data/14_mask_classifier.ipynb #d86bb060
 from functools import cache
 
 import numpy as np
@@ -15,32 +14,26 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .align import DEFAULT_ALIGN, AlignConfig, cut_car, place_car
+from .align import CUT_SIDE, DEFAULT_ALIGN, AlignConfig, CutCar, cut_car, place_car
 from .mask_limits import check_limits
 from .matte import bounding_box
 from ..weights import find_weights, load_config, many, read_weights, whole
 
-# %% ../../nbs/3_data/14_mask_classifier.ipynb #2f7febb7
-_SIDE = 96  # pixels
+# %% ../../nbs/3_data/14_mask_classifier.ipynb #9a921a10
 _ROWS = slice(14, 90)  # of the frame, that a car can cover
 _RIM = 4  # pixels of the photo around the car's box
 _NEUTRAL = 127  # colour beyond
 
 
 def frame_layers(
-    picture: Image.Image,  # RGB
-    mask: Image.Image,  # 8-bit greyscale, white on the car; of the same shape as the picture
-    *,
-    aspect: float | None = None,  # width by height of the photo when it was taken; None means that it was not squashed
+    car: CutCar,  # from `cut_car`, for a frame of `CUT_SIDE`
     mirrored: bool = False,  # whether the nose points right
-) -> np.ndarray:  # (76, 96, 6) uint8: colours, mask, refined opacity, and 255 within the cut-out box
-    "Place photo, mask and opacity in the frame; raise `CarprotoError` when there is no car."
-    config = replace(DEFAULT_ALIGN, aspect=aspect)
-    car = cut_car(picture, mask, config, _SIDE)
+) -> np.ndarray:  # (76, 96, 6) uint8: colours, mask, refined opacity, and 255 within the cut
+    "Place photo, mask and opacity in the frame; raise `CarprotoError` when nothing is opaque."
     layers = [car.rgb, np.dstack([car.mask, car.alpha, np.ones_like(car.mask)]) * 255]
     images = [Image.fromarray(layer.round().clip(0, 255).astype(np.uint8)) for layer in layers]
-    placed = [np.asarray(place_car(image, car, config, _SIDE, Image.Resampling.BILINEAR))[_ROWS] for image in images]
-    result = np.dstack(placed)
+    method = Image.Resampling.BILINEAR
+    result = np.dstack([np.asarray(place_car(image, car, DEFAULT_ALIGN, CUT_SIDE, method))[_ROWS] for image in images])
     return result[:, ::-1] if mirrored else result
 
 
@@ -57,14 +50,11 @@ def hide_surroundings(
 
 
 def classifier_inputs(
-    picture: Image.Image,  # RGB
-    mask: Image.Image,  # 8-bit greyscale, white on the car; of the same shape as the picture
-    *,
-    aspect: float | None = None,  # width by height of the photo when it was taken; None means that it was not squashed
+    car: CutCar,  # from `cut_car`, for a frame of `CUT_SIDE`
     mirrored: bool = False,  # whether the nose points right
 ) -> np.ndarray:  # (76, 96, 5) uint8: colours, mask, refined opacity
-    "Make the inputs of the classifier; raise `CarprotoError` when there is no car."
-    return hide_surroundings(frame_layers(picture, mask, aspect=aspect, mirrored=mirrored))
+    "Make the inputs of the classifier; raise `CarprotoError` when nothing is opaque."
+    return hide_surroundings(frame_layers(car, mirrored))
 
 # %% ../../nbs/3_data/14_mask_classifier.ipynb #1c77fa20
 class MaskClassifier(nn.Module):
@@ -120,7 +110,28 @@ def score_mask(
     sides = np.stack([inputs, inputs[:, ::-1]]) if both_sides else inputs[None]
     return float(torch.sigmoid(classifier(classifier_tensor(sides))).min())
 
-# %% ../../nbs/3_data/14_mask_classifier.ipynb #63eb00ba
+# %% ../../nbs/3_data/14_mask_classifier.ipynb #d885d117
+def cut_checked(
+    picture: Image.Image,  # RGB
+    mask: Image.Image,  # 8-bit greyscale, white on the car; of the same shape as the picture
+    config: AlignConfig = DEFAULT_ALIGN,
+    *,
+    mirrored: bool | None = None,  # whether the nose points right; None when it is not known
+) -> tuple[CutCar | None, str | None]:  # the car and None, or None and the reason to reject it, with the number behind it
+    "Compare a mask with the limits, cut the car out, and score it."
+    stretch = 1.0 if config.aspect is None else config.aspect * picture.height / picture.width
+    reason = check_limits(mask, config, stretch=stretch)
+    if reason:
+        return None, reason
+    car = cut_car(picture, mask, config, CUT_SIDE)
+    if config.classifier:
+        inputs = classifier_inputs(car, bool(mirrored))
+        score = score_mask(load_mask_classifier(config.classifier), inputs, both_sides=mirrored is None)
+        if score > config.max_defect_score:
+            return None, f"bad cut-out (defect score {score:.2f})"
+    return car, None
+
+
 def check_mask(
     picture: Image.Image,  # RGB
     mask: Image.Image,  # 8-bit greyscale, white on the car; of the same shape as the picture
@@ -129,10 +140,4 @@ def check_mask(
     mirrored: bool | None = None,  # whether the nose points right; None when it is not known
 ) -> str | None:  # reason to reject it, with the number behind it; None when the mask is accepted
     "Compare a mask with the limits, then score the cut-out car."
-    stretch = 1.0 if config.aspect is None else config.aspect * picture.height / picture.width
-    reason = check_limits(mask, config, stretch=stretch)
-    if reason or not config.classifier:
-        return reason
-    inputs = classifier_inputs(picture, mask, aspect=config.aspect, mirrored=bool(mirrored))
-    score = score_mask(load_mask_classifier(config.classifier), inputs, both_sides=mirrored is None)
-    return f"bad cut-out (defect score {score:.2f})" if score > config.max_defect_score else None
+    return cut_checked(picture, mask, config, mirrored=mirrored)[1]

@@ -20,8 +20,8 @@ from PIL import Image, ImageOps
 
 from ..config import CarprotoError
 from ..core import progress as progress_bar
-from .align import DEFAULT_ALIGN, AlignConfig, align_car, needs_mirror
-from .mask_classifier import check_mask
+from .align import CUT_SIDE, DEFAULT_ALIGN, AlignConfig, CutCar, align_car, align_cut, cut_car, needs_mirror
+from .mask_classifier import cut_checked, load_mask_classifier
 from .mask_limits import measure_mask
 from .segmenter import load_segmenter
 from .store import PictureStore
@@ -133,6 +133,8 @@ def prepare(
     quiet: bool = False,  # show no bar
 ) -> dict[str, int]:  # numbers of masks that were in place (`found`) and `computed`
     "Compute and cache missing masks; skip pictures that cannot be read."
+    if self.config.classifier:
+        load_mask_classifier(self.config.classifier)  # an error for the whole data set, not a reason for each picture
     counts, folder = {"found": 0, "computed": 0}, mask_folder(store.path, self.config.mask_model)
     with progress_bar(len(names), "masks", unit="photo", quiet=quiet) as bar:
         for name in names:
@@ -183,7 +185,7 @@ def check(
         mask, picture = self.find_mask(store, name, data), open_picture(data)
         if mask is None:
             return None, "no mask (it was not computed)"
-        mirrored = check_picture(picture, mask, self.config, view=view)
+        _, mirrored = check_picture(picture, mask, self.config, view=view)
     except CarprotoError as error:
         return None, str(error)
     return {"mirrored": mirrored, "area": round(measure_mask(mask)["area"], 4)}, None
@@ -195,16 +197,16 @@ def check_picture(
     config: AlignConfig = DEFAULT_ALIGN,
     *,
     view: str | None = None,  # one of the eight views; None when it is not known
-) -> bool:  # whether the car must be mirrored
-    "Check mask and view; raise `CarprotoError` with the reason when the picture is rejected."
+) -> tuple[CutCar, bool]:  # the car, and whether it must be mirrored
+    "Check mask and view, and cut the car out; raise `CarprotoError` with the reason when the picture is rejected."
     if abs(mask.width / mask.height / (picture.width / picture.height) - 1) > 0.02:
         raise CarprotoError(f"mask of another shape ({mask.width}x{mask.height} for {picture.width}x{picture.height})")
     mirrored = needs_mirror(view, config)
     faces_right = view in ("right", "front-right") if view else None
-    reason = check_mask(picture, mask, config, mirrored=faces_right)
+    car, reason = cut_checked(picture, mask, config, mirrored=faces_right)
     if reason:
         raise CarprotoError(reason)
-    return mirrored
+    return car, mirrored
 
 
 def align_checked(
@@ -216,8 +218,10 @@ def align_checked(
     view: str | None = None,  # one of the eight views; None when it is not known
 ) -> Image.Image:  # (size, size), RGB
     "Check mask and view, and align the car; raise `CarprotoError` with the reason when it is rejected."
-    mirrored = check_picture(picture, mask, config, view=view)
-    return align_car(picture, mask, config, size, mirrored=mirrored)
+    car, mirrored = check_picture(picture, mask, config, view=view)
+    if size > CUT_SIDE and not car.is_native:
+        car = cut_car(picture, mask, config, size)
+    return align_cut(car, config, size, mirrored=mirrored)
 
 # %% ../../nbs/3_data/16_masks.ipynb #e00ae1c8
 @patch

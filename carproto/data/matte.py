@@ -36,6 +36,11 @@ _STRENGTH, _LIMIT = 0.6, 3.0  # of the evidence, in logits
 _FLOOR = 60.0  # variance of colours, added to the estimate; levels squared
 
 
+def _distance(car: np.ndarray) -> np.ndarray:
+    "Return the distance of each pixel (H, W) to a mask, in steps to the side, up or down."
+    return ndimage.distance_transform_cdt(~car, "taxicab") if car.any() else np.full(car.shape, car.size)
+
+
 def _local_colours(rgb: np.ndarray, weights: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Return mean and variance of the colours (H, W, 3) of weighted pixels in a box, and the share of these pixels."
     weights = weights.astype(np.float32)[..., None]
@@ -57,8 +62,9 @@ def _colour_evidence(
         return max(1, round(n * unit))
 
     car = ndimage.binary_fill_holes(main_part(mask > 0.5)[0])
-    inside = ndimage.binary_erosion(car, iterations=steps(4))
-    outside = ~ndimage.binary_dilation(car, iterations=steps(2)) & (mask < 0.15)
+    depth, distance = ndimage.distance_transform_cdt(np.pad(car, 1), "taxicab")[1:-1, 1:-1], _distance(car)
+    inside = depth > steps(4)
+    outside = (distance > steps(2)) & (mask < 0.15)
     densities, shares = [], []
     for region in (inside, outside):
         mean, variance, share = _local_colours(rgb, region, 2 * round(8 * unit) + 1)
@@ -67,9 +73,7 @@ def _colour_evidence(
     is_known = (shares[0] > 0.003) & (shares[1] > 0.003)
     evidence = np.clip(_STRENGTH * (densities[0] - densities[1]), -_LIMIT, _LIMIT) * is_known
     evidence = ndimage.gaussian_filter(evidence, 0.6 * unit)
-    deep = ndimage.binary_erosion(car, iterations=steps(6))
-    far = ~ndimage.binary_dilation(car, iterations=steps(4))
-    return np.where(deep, 6, np.where(far, -9, evidence)).astype(np.float32)
+    return np.where(depth > steps(6), 6, np.where(distance > steps(4), -9, evidence)).astype(np.float32)
 
 # %% ../../nbs/3_data/02_matte.ipynb #0faa8745
 def _trim(mask: np.ndarray, radius: int) -> np.ndarray:
@@ -81,7 +85,7 @@ def _trim(mask: np.ndarray, radius: int) -> np.ndarray:
     opened = ndimage.distance_transform_edt(~core) <= radius
     rim = radius + 1
     kept = main_part((opened & car)[rim:-rim, rim:-rim])[0]
-    kept = ndimage.binary_dilation(kept, iterations=max(1, radius // 2))
+    kept = _distance(kept) <= max(1, radius // 2)
     return np.where(kept, mask, np.minimum(mask, np.float32(0.1)))
 
 
@@ -124,7 +128,7 @@ def tighten_mask(
 ) -> np.ndarray:  # (H, W) float32, 0 to 1
     "Turn a mask into the opacity of the car alone, without holes."
     car, _ = main_part(mask > 0.5)
-    near = ndimage.binary_dilation(car, iterations=max(1, round(0.015 * max(mask.shape))))
+    near = _distance(car) <= max(1, round(0.015 * max(mask.shape)))
     alpha = _smooth_step(*limits, mask) * (near & ~((mask > 0.5) & ~car))
     return np.where(ndimage.binary_fill_holes(car) & ~car, np.float32(1), alpha)
 

@@ -18,7 +18,8 @@ from ..config import CarprotoError
 from ..core import pick_device, progress
 from ..data.backbone import load_mobilenet
 from ..images import to_bytes
-from ..toycars.regressor import FactorRegressor, factor_regressor, shrink
+from ..toycars.factor_net import shrink
+from ..toycars.regressor import FactorRegressor, factor_regressor
 from ..weights import download_published
 
 # %% ../../nbs/5_eval/00_features.ipynb #41708615
