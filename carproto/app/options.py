@@ -102,6 +102,13 @@ class Curate:
     )
     sheet: PathText | None = None  # file of a contact sheet of rejected photos; None writes none
 
+    def __post_init__(self):
+        check_numbers({"aspect": self.aspect}, above=True)
+        for name in ("min_confidence", "max_defect_score"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise CarprotoError(f"{name} is {value}: it must be from 0 to 1")
+
 # %% ../../nbs/8_app/30_options.ipynb #714890eb
 @dataclass(frozen=True, kw_only=True)
 class Session:
