@@ -11,7 +11,6 @@ never committed. `--bad` takes the numbers of the cars that somebody rejected on
 second, halo or other."""
 
 import argparse
-import math
 import os
 import time
 from collections import Counter, defaultdict
@@ -25,9 +24,12 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from carproto.config import CarprotoError
-from carproto.data.align import AlignConfig, align_car, load_outline_classifier, measure_mask
-from carproto.data.dataset import PictureStore, read_metadata
-from carproto.data.masks import Aligner, check_picture, load_segmenter
+from carproto.data.align import AlignConfig, align_car
+from carproto.data.mask_classifier import classifier_inputs, load_mask_classifier, score_mask
+from carproto.data.masks import Aligner, check_picture
+from carproto.data.metadata import read_metadata
+from carproto.data.segmenter import load_segmenter
+from carproto.data.store import PictureStore
 from carproto.files import atomic_path, load_json, save_json
 from carproto.images import open_picture
 from carproto.run import describe_environment
@@ -80,20 +82,18 @@ def score_pack(store: PictureStore, aligner: Aligner) -> dict[str, float]:
     """Return the defect score of each photo that keeps all other limits, by name."""
     scores = {}
     rows = read_metadata(store)
-    unlimited = replace(aligner.config, max_defect_score=math.inf, classifier=None)
-    classify = load_outline_classifier(aligner.config.classifier)
+    limits_only = replace(aligner.config, classifier=None)
+    classifier = load_mask_classifier(aligner.config.classifier)
     for name in tqdm(store.names, desc=Path(store.path).stem):
         data = store.read(name)
         view = rows[name].get("view") or rows[name].get("view_guess")
         photo, mask = open_picture(data), aligner.find_mask(store, name, data)
         try:
-            check_picture(photo.size, mask, unlimited, view=view)
+            car, _ = check_picture(photo, mask, limits_only, view=view)
+            inputs = classifier_inputs(car, view in ("right", "front-right"))
         except CarprotoError:
             continue
-        stretch = 1.0 if unlimited.aspect is None else unlimited.aspect * photo.height / photo.width
-        scores[name] = classify(
-            mask, measure_mask(mask, stretch), stretch=stretch, mirrored=view in ("right", "front-right")
-        )
+        scores[name] = score_mask(classifier, inputs)
     return scores
 
 
@@ -101,7 +101,7 @@ def measure_limits(
     scores: dict[str, dict[str, float]], tighter: dict[str, float], packs: dict, n: int, look: Path | None
 ) -> dict:
     """Count what limits of the defect score accept, and write sheets of what the tighter ones accept."""
-    limits = (0.15, 0.16, 0.17, 0.18, 0.19, 0.2, 0.21, 0.22, 0.23, 0.24)
+    limits = (0.08, 0.1, 0.12, 0.14, 0.15, 0.16, 0.18, 0.2, 0.25, 0.3)
     counts = {
         pack: {limit: sum(score <= limit for score in row.values()) for limit in limits} for pack, row in scores.items()
     }
@@ -109,7 +109,7 @@ def measure_limits(
         pack: [name for name, score in row.items() if score <= tighter[pack.split("_")[0]]]
         for pack, row in scores.items()
     }
-    chosen = sample_accepted(accepted, n, set(load_json(Path("data/outline_classifier/labels.json"))))
+    chosen = sample_accepted(accepted, n, set(load_json(Path("data/mask_classifier/labels.json"))))
     if look:
         save_sheets(chosen, packs, look / "tighter")
     sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)
@@ -122,7 +122,7 @@ def measure_limits(
 
 
 def sample_accepted(accepted: dict[str, list[str]], n: int, seen: set[str]) -> list[tuple[str, str]]:
-    """Choose n accepted photos of all packs in proportion, without those on which the outline classifier was fitted."""
+    """Choose n accepted photos of all packs in proportion, without those on which the mask classifier was fitted."""
     fresh = [
         (pack, name) for pack in PACKS for name in sorted(accepted[pack]) if f"{pack}/{Path(name).name}" not in seen
     ]
@@ -311,7 +311,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--n_timed", type=int, default=100)
     parser.add_argument("--n_looked", type=int, default=200, help="accepted cars on the sheets")
     parser.add_argument(
-        "--tighter", nargs=2, type=float, default=(0.19, 0.23), help="limits for common and concept cars"
+        "--tighter", nargs=2, type=float, default=(0.13, 0.15), help="limits for common and concept cars"
     )
     parser.add_argument("--look", type=Path, help="folder for sheets of accepted cars and of toy cars")
     parser.add_argument(
@@ -327,7 +327,7 @@ def measure_packs(packs: dict, config: AlignConfig, n_looked: int, look: Path | 
     results, accepted = {}, {}
     for name, (store, aligner) in packs.items():
         results[name], accepted[name] = count_pack(store, aligner)
-    chosen = sample_accepted(accepted, n_looked, set(load_json(Path("data/outline_classifier/labels.json"))))
+    chosen = sample_accepted(accepted, n_looked, set(load_json(Path("data/mask_classifier/labels.json"))))
     if look:
         save_sheets(chosen, packs, look)
     sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)

@@ -15,8 +15,9 @@ from _record import save_and_print
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
-from carproto.data.dataset import PictureStore
-from carproto.data.duplicates import _trimmed_hashes, hash_pictures, make_thumbnails, near_duplicates
+from carproto.data.comparison import hash_pictures, make_thumbnails
+from carproto.data.duplicates import _trimmed_hashes, near_duplicates
+from carproto.data.store import PictureStore
 from carproto.images import fit_square, open_picture
 from carproto.viz import image_grid, save_picture
 

@@ -19,8 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from carproto.data.backbone import ViewFeatureExtractor
-from carproto.data.dataset import PictureStore, read_metadata
-from carproto.data.duplicates import hash_pictures, make_thumbnails, near_duplicates
+from carproto.data.comparison import hash_pictures, make_thumbnails
+from carproto.data.duplicates import near_duplicates
+from carproto.data.metadata import read_metadata
+from carproto.data.store import PictureStore
 from carproto.data.views import (
     ViewClassifier,
     choose_confidence,

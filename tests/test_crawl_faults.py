@@ -23,7 +23,7 @@ for name in ("requests", "protego", "selectolax"):
     pytest.importorskip(name)
 
 from carproto.config import CarprotoError  # noqa: E402
-from carproto.files import read_json_lines  # noqa: E402
+from carproto.json_lines import read_json_lines  # noqa: E402
 from carproto.scrape.catalogue import crawl_car_connection, parse_links, parse_photos, parse_specs  # noqa: E402
 from carproto.scrape.crawl import crawl  # noqa: E402
 from carproto.scrape.data_card import export_url_list, write_data_card  # noqa: E402

@@ -8,8 +8,8 @@ import pytest
 from carproto.app.labelling import KEYS
 from carproto.data.labels import labels_path, read_labels
 from carproto.data.views import render_views
-from carproto.files import read_json_lines
 from carproto.images import to_picture
+from carproto.json_lines import read_json_lines
 
 sys.path.insert(0, str(Path(__file__).parent))
 from jupyter import SHOTS, browser, check_layout, open_notebook, serve_lab, show_in, write_notebook  # noqa: E402, F401

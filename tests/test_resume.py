@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from carproto.config import CarprotoError, DemoPlan, EncoderConfig, TrainConfig
+from carproto.config import CarprotoError, EncoderConfig, TrainConfig
 from carproto.files import load_json, lock_folder
 from carproto.gan.finetune import finetune_freezed
 from carproto.gan.sngan import Generator, measure_statistics
@@ -38,17 +38,14 @@ import json, os, sys
 from pathlib import Path
 import torch
 from carproto.gan.subspace import subspace_run
-from carproto.app.demo import DemoPlan, run_demo
 from carproto.toycars.dataset import ToyCars
 from carproto.gan.train import train_gan
 from carproto.gan.trainer import TrainConfig
 torch.set_num_threads(1)
 config, images = TrainConfig(**json.loads(sys.argv[1])), ToyCars(40, 16, seed=0).images
-plan = DemoPlan(**json.loads(sys.argv[2]))
 work = {
     "train": lambda folder: train_gan(images, folder, config, device="cpu", quiet=True),
     "subspace": lambda folder: subspace_run(Path(folder).parent / "source", folder, 5),
-    "demo": lambda folder: run_demo(folder, plan, quiet=True),
 }
 for line in sys.stdin:
     kind, _, folder = line.strip().partition(" ")
@@ -65,20 +62,6 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 os._exit(0)
 """
-PLAN = DemoPlan(
-    size=16,
-    width=4,
-    z_dim=8,
-    z_subspace=4,
-    n_common=64,
-    n_futuristic=40,
-    n_heldout=32,
-    gan_steps=20,
-    finetune_steps=10,
-    encoder_steps=10,
-    invert_steps=2,
-    n_pairs=2,
-)
 
 
 class Workers:
@@ -86,12 +69,9 @@ class Workers:
 
     def __init__(self):
         self.parent = subprocess.Popen(
-            [sys.executable, "-c", PARENT, json.dumps(asdict(CONFIG)), json.dumps(asdict(PLAN))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+            [sys.executable, "-c", PARENT, json.dumps(asdict(CONFIG))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
 
     def say(self, line: str) -> int:
         """Send a line and read the number that comes back."""
@@ -178,20 +158,26 @@ def test_a_killed_subspace_run_leaves_a_whole_run_or_none(tmp_path, workers, n_k
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "source", "whole"]
 
 
-@pytest.mark.slow
-def test_a_killed_demo_ends_as_one_that_was_not(tmp_path, workers):
-    start = time.monotonic()
-    assert workers.run("demo", tmp_path / "whole") == 0
-    seconds = time.monotonic() - start
-    for kill in range(20):  # each session goes on where the last one was killed
-        status = workers.run("demo", tmp_path / "killed", lambda part=(kill + 1) / 20: time.sleep(seconds * part))
-        assert status == -signal.SIGKILL or status == 0
-    assert workers.run("demo", tmp_path / "killed") == 0
-    for name in ("common/final", "subspace/final", "futuristic/final"):
-        killed, whole = (load_file(tmp_path / folder / name / "model.safetensors") for folder in ("killed", "whole"))
-        assert all(torch.equal(killed[key], value) for key, value in whole.items()), name
-    killed, whole = (load_json(tmp_path / folder / "numbers.json") for folder in ("killed", "whole"))
-    assert killed["blend"] == whole["blend"] and killed["encoder"] == whole["encoder"]
+@pytest.mark.parametrize("killed_in", ["save", "save_best"])
+def test_a_kill_around_the_first_checkpoint_loses_nothing(tmp_path, monkeypatch, killed_in):
+    images, config = ToyCars(40, 16, seed=0).images, TrainConfig(**{**asdict(CONFIG), "steps": 10})
+    options = {"evaluate": lambda G: {"kid": 1.0}, "device": "cpu", "quiet": True}
+    train_gan(images, tmp_path / "whole", config, **options)
+
+    def kill(trainer: Trainer, *_: object) -> None:
+        if trainer.step:  # `save_best` is called when a run starts, too
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"carproto.gan.train.{killed_in}", kill)
+    with pytest.raises(KeyboardInterrupt):
+        train_gan(images, tmp_path / "killed", config, **options)
+    assert len(list_checkpoints(tmp_path / "killed" / "checkpoints")) == (killed_in == "save_best")
+    monkeypatch.undo()
+    train_gan(images, tmp_path / "killed", config, **options)
+    killed, whole = (load_json(tmp_path / name / "best" / "config.json") for name in ("killed", "whole"))
+    assert killed == {**whole, "run": "killed"} and whole["steps"] == 10
+    killed, whole = (load_file(tmp_path / name / "best" / "model.safetensors") for name in ("killed", "whole"))
+    assert all(torch.equal(killed[name], value) for name, value in whole.items())
 
 
 @pytest.fixture

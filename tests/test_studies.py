@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,6 +49,19 @@ def test_record_names_command_and_machine(tmp_path, monkeypatch):
     record = load_json(study_record.save_record({"kid": 1.5}, tmp_path / "ema.json"))
     assert record["command"] == "python studies/ema.py --run common" and record["kid"] == 1.5
     assert {"processor", "n_cores", "torch", "commit"} <= record["machine"].keys()
+
+
+def test_a_killed_demo_ends_as_one_that_was_not(tmp_path):
+    path = tmp_path / "kills.json"  # in a process of its own: it forks
+    command = [sys.executable, ROOT / "studies" / "demo_kills.py", "--kills", "2", "--out", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = load_json(path)
+    assert record["different"] == [] and len(record["kills"]) == 2
+    names = "\n".join(record["compared"])
+    runs = ("common", "subspace", "futuristic", r"encoder-\w+")
+    assert all(re.search(f"^{run}/checkpoints$", names, re.M) for run in runs)
+    assert {"common/best/model.safetensors", "futuristic/final/model.safetensors", "numbers.json", "report.html"} <= set(record["compared"])
 
 
 @pytest.fixture(scope="module")

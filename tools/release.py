@@ -3,8 +3,9 @@
     python tools/release.py toy64 --common runs/common --futuristic runs/futuristic --encoder runs/encoder
 
 The model card, data/NAME/README.md, is written by hand, and stays. The table of SHA-256 in
-nbs/0_base/05_weights.ipynb is written anew; run `python tools/sync.py` afterwards, and tag the commit as that
-notebook's `REVISION`."""
+nbs/0_base/06_releases.ipynb is written anew; run `python tools/sync.py` afterwards, and tag the commit as that
+notebook's `REVISION`.
+"""
 
 import argparse
 import json
@@ -19,7 +20,8 @@ from carproto.gan.sngan import load_generator, save_discriminator, save_generato
 from carproto.gan.train import best_generator, load_discriminator
 from carproto.latent.encoder import load_encoder, save_encoder
 from carproto.latent.train_encoder import evaluate_encoder
-from carproto.weights import IN_REPOSITORY, hash_file
+from carproto.releases import hash_file
+from carproto.weights import IN_REPOSITORY
 
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
 PATH_FIELDS = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
@@ -128,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.copytree(folder / "probe", aside / "probe")
     replace_folder(folder.with_name(f"{folder.name}.new"), folder)
     if arguments.data.resolve() == IN_REPOSITORY:
-        write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "0_base" / "05_weights.ipynb")
+        write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "0_base" / "06_releases.ipynb")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     print(f"{folder}: {size:.1f} MB" + (f", more than {LIMIT_MB} MB" if size > LIMIT_MB else ""))
 

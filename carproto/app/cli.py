@@ -20,6 +20,7 @@ from carproto.app.options import (
     Demo,
     Encode,
     Evaluate,
+    Export,
     Finetune,
     Label,
     Scrape,
@@ -41,6 +42,7 @@ COMMANDS = {  # sub-command: dataclass of its options
     "encode": Encode,
     "blend": Blend,
     "evaluate": Evaluate,
+    "export": Export,
     "studio": Studio,
 }
 
@@ -83,7 +85,7 @@ def run(
     options: object,  # of one sub-command
 ) -> None:
     "Run one sub-command; import its stage, and PyTorch, only here."
-    from carproto.app import commands, latent_commands, notebook_commands
+    from carproto.app import commands, latent_commands, live_page, notebook_commands
 
     functions = {
         Demo: commands.demo,
@@ -96,6 +98,7 @@ def run(
         Encode: latent_commands.encode,
         Blend: latent_commands.blend,
         Evaluate: commands.evaluate,
+        Export: live_page.export,
         Studio: notebook_commands.studio,
     }
     functions[type(options)](options)

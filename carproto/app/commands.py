@@ -20,8 +20,9 @@ from ..config import CarprotoError, TrainConfig
 from ..data.align import AlignConfig, frame_of
 from ..data.curate import contact_sheet, count_reasons
 from ..data.curate import curate as curate_photos
-from ..data.dataset import open_both, open_unseen
-from ..data.masks import Aligner, find_aligner
+from ..data.frames import find_aligner
+from ..data.heldout import open_both, open_unseen
+from ..data.masks import Aligner
 from ..data.views import KEPT_VIEWS, load_view_classifier
 from ..eval.features import FeatureExtractor, feature_extractor
 from ..eval.metrics import Evaluator
@@ -30,6 +31,8 @@ from ..gan.finetune import finetune_freezed
 from ..gan.session import check_extractor
 from ..gan.subspace import subspace_run
 from ..gan.train import Result, best_generator, train_gan
+from ..gan.trainer import read_restrictions
+from ..run import RunFolder
 from ..scrape.catalogue import CarConnection
 from ..scrape.crawl import crawl
 from ..scrape.data_card import export_url_list, write_data_card
@@ -213,8 +216,9 @@ def finetune(
     options: Finetune,  # parent, data, run and hyperparameters
 ) -> None:
     "Fine-tune a trained run with FreezeD, or resume such a run."
-    size = best_generator(options.source, "cpu").size
-    images, shared = _open_training(options, size, _feature_net(options.source))
+    parent = best_generator(options.source, "cpu")
+    options = replace(options, fit=options.fit or parent.fit)
+    images, shared = _open_training(options, parent.size, _feature_net(options.source))
     result = finetune_freezed(options.source, images, options.run, **options.config.changes(), **shared)
     _print_result(result, f"carproto encode --common {quote(options.source)} --futuristic {quote(options.run)}")
 
@@ -223,8 +227,9 @@ def subspace(
     options: Subspace,  # source run and number of dimensions
 ) -> None:
     "Restrict a run's latent space to its Jacobian directions."
-    config = subspace_run(options.source, options.run, options.z_dim, like=options.like).config()
-    note = load_json(Path(options.run) / "data.json")["subspace"][-1]
+    run = subspace_run(options.source, options.run, options.z_dim, like=options.like)
+    config = run.config()
+    note = read_restrictions(run)[-1]
     if options.like is None:
         share = f"with {note['share']:.1%} of the squared Jacobian"
     else:
@@ -241,13 +246,13 @@ def evaluate(
 ) -> None:
     "Measure a run's generator, print the metrics, and save them in the run's evaluation.json."
     G = best_generator(options.run)
-    data_path = Path(options.run) / "data.json"
-    trained_hash = load_json(data_path).get("data_hash") if data_path.exists() else None
+    fit = options.fit or G.fit
+    trained_hash = RunFolder(options.run).data().get("data_hash")
     unseen, trained = open_unseen(
         options.data,
         options.train,
         G.size,
-        fit=options.fit,
+        fit=fit,
         find_aligner=find_aligner,
         trained_hash=trained_hash,
     )
@@ -255,7 +260,7 @@ def evaluate(
     train_images = trained and trained.images
     evaluator = Evaluator(unseen.images, features, train=train_images, n_fake=options.n_fake, show_bar=True)
     metrics = evaluator.evaluate(G)
-    about = {"data": options.data, "train": options.train, "fit": options.fit, "generator": G.fingerprint()}
+    about = {"data": options.data, "train": options.train, "fit": fit, "generator": G.fingerprint()}
     save_json({**about, **metrics}, Path(options.run) / "evaluation.json")
     for name, value in metrics.items():
         print(f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}")

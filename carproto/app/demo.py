@@ -27,6 +27,7 @@ from .report_items import Figure, Section, Slider
 from ..blend.interpolate import blend_frames
 from ..config import CarprotoError, DemoPlan
 from ..core import sample_latents, seeded
+from ..curves import plot_curves
 from ..eval.metrics import generate_images, psnr
 from ..files import lock_folder, save_json
 from ..images import to_tensor
@@ -35,7 +36,7 @@ from ..latent.train_encoder import evaluate_encoder
 from ..run import RunFolder
 from ..tables import Table
 from ..toycars.regressor import FactorRegressor, factor_regressor
-from ..viz import image_grid, plot_curves, save_picture
+from ..viz import image_grid, save_picture
 
 # %% ../../nbs/8_app/21_demo.ipynb #61cc5e28
 def _measure_kind(

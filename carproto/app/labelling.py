@@ -16,8 +16,8 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..config import CarprotoError
-from ..data.dataset import PictureStore
 from ..data.labels import read_labels, write_label
+from ..data.store import PictureStore
 from ..data.views import VIEWS, fit_view_head, view_features
 from ..images import fit_square, open_picture, to_tensor
 

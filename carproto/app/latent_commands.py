@@ -15,7 +15,8 @@ from .pipeline import CarPipeline
 from ..blend.interpolate import check_intensities
 from ..blend.recipe import MAX_FRAMES, BlendRecipe, load_recipe, save_blend
 from ..config import CarprotoError
-from ..data.dataset import open_both, open_cars
+from ..data.dataset import open_cars
+from ..data.heldout import open_both
 from ..files import save_json
 from ..images import to_tensor
 from ..latent.train_encoder import train_encoder

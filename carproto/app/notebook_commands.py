@@ -16,7 +16,7 @@ import nbformat
 from .options import Label, Studio
 from .parts import check_release
 from ..config import CarprotoError
-from ..data.dataset import PictureStore
+from ..data.store import PictureStore
 
 # %% ../../nbs/8_app/33_notebook_commands.ipynb #fcbdb39a
 def write_notebook(

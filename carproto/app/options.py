@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PathText', 'expand_path', 'Scrape', 'Curate', 'Session', 'Train', 'Finetune', 'Subspace', 'Encode', 'Blend',
-           'Evaluate', 'Demo', 'Studio', 'Label']
+           'Evaluate', 'Export', 'Demo', 'Studio', 'Label']
 
 # %% ../../nbs/8_app/30_options.ipynb #437c5339
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from tyro.conf import OmitArgPrefixes, Positional
@@ -34,7 +34,10 @@ def expand_path(
     "Expand `~`; raise `CarprotoError` for an empty path."
     if not text:
         raise CarprotoError("a path is empty: leave the option out, or write None where it may be None")
-    return os.path.expanduser(text)
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise CarprotoError(f"{text} names a home folder that does not exist: write ./{text} for a folder of that name")
+    return expanded
 
 
 PathText = Annotated[  # a path as text; a leading ~ is expanded
@@ -133,6 +136,7 @@ class Finetune(Session):
     source: PathText = "runs/common"  # folder of the parent run
     data: PathText = "toycars-futuristic"  # folder or zip of futuristic cars, or toycars-futuristic
     run: PathText = "runs/futuristic"  # folder of the fine-tuned run; an existing run is resumed
+    fit: Fit | None = field(default=None, kw_only=True)  # how a photo becomes square; None takes the parent's
     config: OmitArgPrefixes[FinetuneConfig] = FinetuneConfig()
 
 # %% ../../nbs/8_app/30_options.ipynb #16689bb5
@@ -216,13 +220,29 @@ class Evaluate:
     data: PathText = "toycars"  # held-out cars: folder or zip, toycars or toycars-futuristic
     extractor: PathText = "toys"  # feature extractor: toys, inception, or a MobileNetV2 file
     train: PathText | None = None  # training cars, to count copies; --data where training split it; None counts none
-    fit: Fit = "squash"  # how a photo becomes square
+    fit: Fit | None = None  # how a photo becomes square; None takes what the weights say
     n_fake: int | None = None  # generated images; None means as many as there are held-out cars
     extractor_size: int | None = None  # input side of a MobileNetV2 file, pixels; None means 224
 
     def __post_init__(self):
         check_numbers({"n_fake": self.n_fake}, 1)
         check_numbers({"extractor_size": self.extractor_size}, 16)
+
+# %% ../../nbs/8_app/30_options.ipynb #a761c36b
+@dataclass(frozen=True)
+class Export:
+    "Write a pair of generators as one ONNX graph, and as a web page that generates cars in the browser."
+
+    pipeline: Positional[PathText] = "toy64"  # a release, or a folder with common/ and futuristic/
+    out: PathText = "runs/export"  # folder of pair.onnx and pair.json
+    page: PathText | None = None  # folder of a web page, which holds them as well; None writes none
+    runtime: PathText | None = None  # onnxruntime-web: archive of npm, or folder; None asks npm
+    n_check: int = 200  # blends that are compared with PyTorch; 0 compares none
+    n_pairs: int = 8  # pairs whose calibrated paths are averaged; 0 keeps straight lines
+    backbone: PathText | None = None  # MobileNetV2 file of the futurism probe; None where it needs none
+
+    def __post_init__(self):
+        check_numbers({"n_check": self.n_check, "n_pairs": self.n_pairs})
 
 # %% ../../nbs/8_app/30_options.ipynb #2e8d952d
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .photos import ERROR_P99
 from ..blend.speed import regressor_features
 from ..config import PHOTO_INVERSION, CarprotoError, InvertConfig
 from ..data.align import config_of
-from ..data.masks import load_segmenter
+from ..data.segmenter import load_segmenter
 from ..eval.futurism import FuturismProbe, futurism_scale
 from ..eval.perceptual import PerceptualDistance, discriminator_features
 from ..files import cache_folder, load_json, save_json

@@ -17,7 +17,8 @@ import ipywidgets as widgets
 from fastcore.basics import patch
 
 from ..config import CarprotoError
-from ..data.dataset import PictureStore, read_metadata
+from ..data.metadata import read_metadata
+from ..data.store import PictureStore
 from ..images import open_picture
 from ..viz import encode_picture
 

@@ -16,7 +16,8 @@ import torch
 from ..config import CarprotoError, InvertConfig
 from ..data.align import config_of, frame_of
 from ..data.dataset import is_toys
-from ..data.masks import Aligner, align_for, check_frame, find_aligner
+from ..data.frames import align_for, check_frame, find_aligner
+from ..data.masks import Aligner
 from ..eval.perceptual import PerceptualDistance
 from ..gan.sngan import Generator
 from ..images import fit_square, open_picture, to_tensor

@@ -23,7 +23,8 @@ from ..eval.perceptual import PerceptualDistance
 from ..eval.reconstruction import mask_iou
 from ..gan.sngan import Generator
 from ..images import to_bytes
-from ..toycars.regressor import FactorRegressor, shrink
+from ..toycars.factor_net import shrink
+from ..toycars.regressor import FactorRegressor
 
 # %% ../../nbs/7_blend/02_path_metrics.ipynb #c74064be
 def silhouette(

@@ -19,7 +19,8 @@ from scipy.stats import spearmanr
 from .interpolate import check_intensities
 from ..config import CarprotoError
 from ..eval.perceptual import FeatureMaps, PerceptualDistance
-from ..toycars.regressor import FactorRegressor, shrink
+from ..toycars.factor_net import shrink
+from ..toycars.regressor import FactorRegressor
 
 # %% ../../nbs/7_blend/01_speed.ipynb #55858bd0
 def rank_correlation(

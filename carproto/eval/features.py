@@ -16,9 +16,10 @@ from torch import nn
 
 from ..config import CarprotoError
 from ..core import pick_device, progress
-from ..data.backbone import load_layers
+from ..data.backbone import load_mobilenet
 from ..images import to_bytes
-from ..toycars.regressor import FactorRegressor, factor_regressor, shrink
+from ..toycars.factor_net import shrink
+from ..toycars.regressor import FactorRegressor, factor_regressor
 from ..weights import download_published
 
 # %% ../../nbs/5_eval/00_features.ipynb #41708615
@@ -106,7 +107,7 @@ def mobilenet_extractor(
     if size < 32 or size % 32:
         raise CarprotoError(f"MobileNetV2 takes no input of {size} pixels: choose a multiple of 32, such as 128 or 224")
     device, path = pick_device(device and str(device)), Path(path)
-    net = load_layers(path, style="tensorflow").to(device)
+    net = load_mobilenet(path, style="tensorflow").to(device)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
         return net(x.contiguous(memory_format=torch.channels_last)).float().mean((2, 3))

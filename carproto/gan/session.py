@@ -21,7 +21,6 @@ import torch
 
 from ..config import CarprotoError, TrainConfig
 from ..core import is_out_of_memory
-from ..files import load_json
 from ..run import RunFolder, name_last_good
 
 # %% ../../nbs/4_gan/09_session.ipynb #16c8084f
@@ -52,7 +51,7 @@ def check_same(
 ) -> list[str]:  # each changed choice as "name old -> new"
     "Raise `CarprotoError` when a run would resume with other choices or other images; more steps are welcome."
     # a choice newer than the run has its default
-    old = {**asdict(TrainConfig()), **run.config(), **load_json(run.path / "data.json")}
+    old = {**asdict(TrainConfig()), **run.config(), **run.data()}
     new = {**asdict(config), **data}
     changed = [name for name, value in new.items() if old.get(name) != value and name not in _RESUMABLE]
     difference = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in changed]
