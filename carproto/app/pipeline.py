@@ -257,10 +257,7 @@ def evaluate(
     images: torch.Tensor,  # (N, 3, size, size), uint8 or float in [-1, 1], never trained on; 10 or more for KID
     *,
     kind: str = "common",  # which generator: common or futuristic
-    extractor: str
-    | Path
-    | FeatureExtractor
-    | None = None,  # whatever `feature_extractor` takes; None leaves KID and its kin out
+    extractor: str | Path | FeatureExtractor | None = None,  # of KID and its kin; None leaves them out
 ) -> dict:  # numbers by name; those of missing parts are left out
     "Measure how well cars are generated and reconstructed."
     x, G = to_tensor(images) if images.dtype == torch.uint8 else images, self.generator(kind)
