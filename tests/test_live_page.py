@@ -244,7 +244,7 @@ def test_mistakes_in_recipes_are_named(page, tmp_path):
 
 
 def test_new_car_and_same_car(page):
-    names = page.locator("[data-name]")
+    names = page.locator(".end [data-name]")
     before = names.all_text_contents()
     page.click('[data-end="b"] [data-new]')
     wait_for_rest(page)
