@@ -8,6 +8,7 @@ _HOME = {
     "ToyCars": "toycars.dataset",
     "CarImages": "data.dataset",
     "open_cars": "data.dataset",
+    "align_cars": "data.frames",
     "curate": "data.curate",
     "crawl_car_connection": "scrape.catalogue",
     "search_images": "scrape.image_search",

@@ -1,4 +1,5 @@
-"""The record of a study: the command, machine, commit and results, as one JSON file, or as JSON lines that can be resumed."""
+"""The record of a study: command, machine, commit and results, as one JSON file or as JSON lines."""
+
 import argparse
 import json
 import sys
@@ -12,7 +13,13 @@ from carproto.run import RunFolder, describe_environment
 
 def describe_command() -> str:
     """Return the command as given, with the names of files in place of their paths."""
-    return " ".join(["python", f"studies/{Path(sys.argv[0]).name}", *(Path(word).name if "/" in word else word for word in sys.argv[1:])])
+    return " ".join(
+        [
+            "python",
+            f"studies/{Path(sys.argv[0]).name}",
+            *(Path(word).name if "/" in word else word for word in sys.argv[1:]),
+        ]
+    )
 
 
 def save_record(results: dict, path: Path) -> Path:
@@ -20,8 +27,15 @@ def save_record(results: dict, path: Path) -> Path:
     return save_json({"command": describe_command(), **results, "machine": describe_environment()}, path)
 
 
+def save_and_print(record: dict, path: Path) -> None:
+    """Write a record and print its entries."""
+    save_record(record, path)
+    for name, value in record.items():
+        print(f"{name}: {value}")
+
+
 class Study:
-    """The record of a study in cells: NAME.json holds what all cells share, NAME.jsonl a line for each cell that is done."""
+    """The record of a study in cells: NAME.json holds what they share, NAME.jsonl a line for each cell."""
 
     def __init__(self, path: Path, config: dict):
         self.path, self.about_path, self.config = path, path.with_suffix(".json"), config
@@ -31,7 +45,10 @@ class Study:
             known = load_json(self.about_path)
             other = [name for name, value in json.loads(json.dumps(config)).items() if known.get(name) != value]
             if other:
-                raise CarprotoError(f"{self.about_path} was made with another {', '.join(other)}: take another --out, or remove that record")
+                raise CarprotoError(
+                    f"{self.about_path} was made with another {', '.join(other)}: "
+                    "take another --out, or remove that record"
+                )
         selected = "".join(json.dumps(row) + "\n" for row in self.rows)
         if path.exists() and path.read_text(encoding="utf-8") != selected:  # a killed session left half a line
             with atomic_path(path) as temporary:

@@ -3,14 +3,14 @@
     python studies/alignment.py --data /photos --masks /masks --network u2netp.onnx --aspect 1.4 --look /tmp/look
     python studies/alignment.py --parts inspection --bad 17:halo 44:part
 
-It writes data/records/align.json, one entry a part: `packs`, `limits`, `mirror_toys`, `mirror_photos`, `masks_of_toys`,
-`timing`, `inspection`. Each entry has its command, commit and machine; `--parts` makes some of them anew. `limits` counts what
-tighter limits of the defect score would accept, and writes sheets of that. Masks come from `--masks`, a folder of a pack's name
-for each pack, or are computed and cached. The sheets show photos, which are never committed. `--bad` takes the numbers of the cars
-that somebody rejected on the sheets, with the reason: part, second, halo or other.
-"""
+It writes data/records/align.json, one entry a part: `packs`, `limits`, `mirror_toys`, `mirror_photos`,
+`masks_of_toys`, `timing`, `inspection`. Each entry has its command, commit and machine; `--parts` makes some of them
+anew. `limits` counts what tighter limits of the defect score would accept, and writes sheets of that. Masks come from
+`--masks`, a folder of a pack's name for each pack, or are computed and cached. The sheets show photos, which are
+never committed. `--bad` takes the numbers of the cars that somebody rejected on the sheets, with the reason: part,
+second, halo or other."""
+
 import argparse
-import math
 import os
 import time
 from collections import Counter, defaultdict
@@ -24,9 +24,12 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from carproto.config import CarprotoError
-from carproto.data.align import AlignConfig, align_car, load_outline_classifier, measure_mask
-from carproto.data.dataset import PictureStore, read_metadata
-from carproto.data.masks import Aligner, check_picture, load_segmenter
+from carproto.data.align import AlignConfig, align_car
+from carproto.data.mask_classifier import classifier_inputs, load_mask_classifier, score_mask
+from carproto.data.masks import Aligner, check_picture
+from carproto.data.metadata import read_metadata
+from carproto.data.segmenter import load_segmenter
+from carproto.data.store import PictureStore
 from carproto.files import atomic_path, load_json, save_json
 from carproto.images import open_picture
 from carproto.run import describe_environment
@@ -38,7 +41,9 @@ PARTS = ("packs", "limits", "mirror_toys", "mirror_photos", "masks_of_toys", "ti
 SEED = 2024  # of the photos that are looked at, and of the backgrounds
 
 
-def open_aligners(data: Path, masks: Path | None, network: str, config: AlignConfig) -> dict[str, tuple[PictureStore, Aligner]]:
+def open_aligners(
+    data: Path, masks: Path | None, network: str, config: AlignConfig
+) -> dict[str, tuple[PictureStore, Aligner]]:
     """Open each pack with the aligner that finds its masks."""
     return {
         name: (PictureStore(data / f"{name}.zip"), Aligner(config, segment=network, masks=masks and masks / name))
@@ -77,29 +82,34 @@ def score_pack(store: PictureStore, aligner: Aligner) -> dict[str, float]:
     """Return the defect score of each photo that keeps all other limits, by name."""
     scores = {}
     rows = read_metadata(store)
-    unlimited = replace(aligner.config, max_defect_score=math.inf, classifier=None)
-    classify = load_outline_classifier(aligner.config.classifier)
+    limits_only = replace(aligner.config, classifier=None)
+    classifier = load_mask_classifier(aligner.config.classifier)
     for name in tqdm(store.names, desc=Path(store.path).stem):
         data = store.read(name)
         view = rows[name].get("view") or rows[name].get("view_guess")
         photo, mask = open_picture(data), aligner.find_mask(store, name, data)
         try:
-            check_picture(photo.size, mask, unlimited, view=view)
+            car, _ = check_picture(photo, mask, limits_only, view=view)
+            inputs = classifier_inputs(car, view in ("right", "front-right"))
         except CarprotoError:
             continue
-        stretch = 1.0 if unlimited.aspect is None else unlimited.aspect * photo.height / photo.width
-        scores[name] = classify(mask, measure_mask(mask, stretch), stretch=stretch, mirrored=view in ("right", "front-right"))
+        scores[name] = score_mask(classifier, inputs)
     return scores
 
 
-def measure_limits(scores: dict[str, dict[str, float]], tighter: dict[str, float], packs: dict, n: int, look: Path | None) -> dict:
+def measure_limits(
+    scores: dict[str, dict[str, float]], tighter: dict[str, float], packs: dict, n: int, look: Path | None
+) -> dict:
     """Count what limits of the defect score accept, and write sheets of what the tighter ones accept."""
-    limits = (0.15, 0.16, 0.17, 0.18, 0.19, 0.2, 0.21, 0.22, 0.23, 0.24)
-    counts = {pack: {limit: sum(score <= limit for score in row.values()) for limit in limits} for pack, row in scores.items()}
-    accepted = {
-        pack: [name for name, score in row.items() if score <= tighter[pack.split("_")[0]]] for pack, row in scores.items()
+    limits = (0.08, 0.1, 0.12, 0.14, 0.15, 0.16, 0.18, 0.2, 0.25, 0.3)
+    counts = {
+        pack: {limit: sum(score <= limit for score in row.values()) for limit in limits} for pack, row in scores.items()
     }
-    chosen = sample_accepted(accepted, n, set(load_json(Path("data/outline_classifier/labels.json"))))
+    accepted = {
+        pack: [name for name, score in row.items() if score <= tighter[pack.split("_")[0]]]
+        for pack, row in scores.items()
+    }
+    chosen = sample_accepted(accepted, n, set(load_json(Path("data/mask_classifier/labels.json"))))
     if look:
         save_sheets(chosen, packs, look / "tighter")
     sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)
@@ -112,8 +122,10 @@ def measure_limits(scores: dict[str, dict[str, float]], tighter: dict[str, float
 
 
 def sample_accepted(accepted: dict[str, list[str]], n: int, seen: set[str]) -> list[tuple[str, str]]:
-    """Choose n accepted photos of all packs in proportion, without those on which the outline classifier was fitted."""
-    fresh = [(pack, name) for pack in PACKS for name in sorted(accepted[pack]) if f"{pack}/{Path(name).name}" not in seen]
+    """Choose n accepted photos of all packs in proportion, without those on which the mask classifier was fitted."""
+    fresh = [
+        (pack, name) for pack in PACKS for name in sorted(accepted[pack]) if f"{pack}/{Path(name).name}" not in seen
+    ]
     chosen = np.random.default_rng(SEED).permutation(len(fresh))[:n]
     return [fresh[i] for i in sorted(chosen)]
 
@@ -155,17 +167,19 @@ def measure_mirror(n: int) -> dict:
 
 
 def measure_photos(file: Path) -> dict:
-    """Count, in the confusion of the cross-validated view classifier, the photos whose nose would be turned to the wrong side."""
+    """Count the photos whose nose the cross-validated view classifier would turn to the wrong side."""
     result = load_json(file)["with_unlabelled"]
     confusion = np.array(result["confusion"])
     sides = {"left": (0, 1), "right": (3, 4)}  # views of either side, as `VIEWS` counts them
     right = int(sum(confusion[np.ix_(views, views)].sum() for views in sides.values()))
-    wrong = int(confusion[np.ix_(sides["left"], sides["right"])].sum() + confusion[np.ix_(sides["right"], sides["left"])].sum())
+    wrong = int(
+        confusion[np.ix_(sides["left"], sides["right"])].sum() + confusion[np.ix_(sides["right"], sides["left"])].sum()
+    )
     return {"record": file.name, "n": right + wrong, "wrong": wrong, "share_right": round(right / (right + wrong), 4)}
 
 
 def crop_background(photo: Image.Image, mask: Image.Image) -> Image.Image | None:
-    """Make a background of 128 pixels from the strips above and below the car of a photo; None where the strips are too thin."""
+    """Make a background of 128 pixels from the strips above and below a car; None where they are too thin."""
     rows = np.flatnonzero((np.asarray(mask.resize(photo.size)) > 64).any(1))
     if not len(rows) or rows[0] < 0.2 * photo.height or photo.height - rows[-1] < 0.06 * photo.height:
         return None
@@ -181,7 +195,9 @@ def sample_backgrounds(n: int, packs: dict) -> list[Image.Image]:
     pictures = [Image.fromarray(rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)) for _ in range(n - n // 2)]
     pictures = [picture.resize((128, 128), Image.Resampling.BICUBIC) for picture in pictures]
     store, aligner = packs["common_cars_train"]
-    streets = [name for name in store.names if Path(name).name.startswith("photo_")]  # the others stand before studio walls
+    streets = [
+        name for name in store.names if Path(name).name.startswith("photo_")
+    ]  # the others stand before studio walls
     for i in rng.permutation(len(streets)):
         data = store.read(streets[i])
         mask = aligner.find_mask(store, streets[i], data)
@@ -263,7 +279,12 @@ def measure_time(network: str, packs: dict, n: int) -> dict:
         except CarprotoError:
             kind = "align_rejected"
         times[kind].append((time.perf_counter() - wall, time.process_time() - cpu))
-    result = {"n": n, "size": 128, "load_average": [round(load, 1), round(os.getloadavg()[0], 1)], "n_cores": os.cpu_count()}
+    result = {
+        "n": n,
+        "size": 128,
+        "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
+        "n_cores": os.cpu_count(),
+    }
     for kind, pairs in times.items():
         wall, cpu = np.array(pairs).T
         result[kind] = {
@@ -283,13 +304,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help=f"folder with {', '.join(PACKS)} as zip")
     parser.add_argument("--network", help="file of u2netp")
     parser.add_argument("--masks", type=Path, help="folder that holds a folder of masks for each pack")
-    parser.add_argument("--aspect", type=float, help="width by height of the photos when they were taken, where they were squashed")
+    parser.add_argument(
+        "--aspect", type=float, help="width by height of the photos when they were taken, where they were squashed"
+    )
     parser.add_argument("--n_toys", type=int, default=500)
     parser.add_argument("--n_timed", type=int, default=100)
     parser.add_argument("--n_looked", type=int, default=200, help="accepted cars on the sheets")
-    parser.add_argument("--tighter", nargs=2, type=float, default=(0.19, 0.23), help="limits for common and concept cars")
+    parser.add_argument(
+        "--tighter", nargs=2, type=float, default=(0.13, 0.15), help="limits for common and concept cars"
+    )
     parser.add_argument("--look", type=Path, help="folder for sheets of accepted cars and of toy cars")
-    parser.add_argument("--bad", nargs="*", default=[], help="numbers on the sheets that are bad, with the reason, such as 17:halo")
+    parser.add_argument(
+        "--bad", nargs="*", default=[], help="numbers on the sheets that are bad, with the reason, such as 17:halo"
+    )
     parser.add_argument("--note", default="", help="a sentence for the record of the inspection")
     parser.add_argument("--out", type=Path, default=Path("data/records/align.json"))
     return parser.parse_args()
@@ -300,7 +327,7 @@ def measure_packs(packs: dict, config: AlignConfig, n_looked: int, look: Path | 
     results, accepted = {}, {}
     for name, (store, aligner) in packs.items():
         results[name], accepted[name] = count_pack(store, aligner)
-    chosen = sample_accepted(accepted, n_looked, set(load_json(Path("data/outline_classifier/labels.json"))))
+    chosen = sample_accepted(accepted, n_looked, set(load_json(Path("data/mask_classifier/labels.json"))))
     if look:
         save_sheets(chosen, packs, look)
     sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)
@@ -336,7 +363,9 @@ def main() -> None:
         ),
         "mirror_toys": lambda: measure_mirror(200),
         "mirror_photos": lambda: measure_photos(Path("data/records/views.json")),
-        "masks_of_toys": lambda: measure_toys(arguments.network, arguments.n_toys, packs, arguments.masks, arguments.look),
+        "masks_of_toys": lambda: measure_toys(
+            arguments.network, arguments.n_toys, packs, arguments.masks, arguments.look
+        ),
         "timing": lambda: measure_time(arguments.network, packs, arguments.n_timed),
         "inspection": lambda: describe_inspection(arguments.bad, record["packs"], arguments.note),
     }

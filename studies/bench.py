@@ -1,13 +1,13 @@
-"""Time two steps of D and one of G: torch-mimicry's SN-GAN, the plain form of our networks, and ours, in turns on one machine.
+"""Time two steps of D and one of G, in turns: torch-mimicry's SN-GAN, our networks unfused, and fused.
 
-    make bench                                                # 32, 64 and 128 px on the device at hand, 8 minutes on two cores
+    make bench                       # 32, 64 and 128 px on the device at hand, 8 minutes on two cores
     make bench ARGS="--device cuda --batch 128 --sizes 128"   # the full recipe on a GPU
     make bench ARGS="--sizes 64:32 --peers plain ours"        # 64 px with 32 channels, two peers
 
-Each peer lives in a process of its own and waits while another has its turn, so that all see the same machine: its load, its clock.
-Ratios are taken within a round of turns. `ours` does the work that the others do; `ours, full recipe` adds DiffAugment and LeCam;
-`ours compiled`, timed only when named, goes through torch.compile.
-"""
+Each peer lives in a process of its own and waits while another has its turn, so that all see the same machine: its
+load, its clock. Ratios are taken within a round of turns. `ours` does the work that the others do; `ours, full
+recipe` adds DiffAugment and LeCam; `ours compiled`, timed only when named, goes through torch.compile."""
+
 import argparse
 import math
 import multiprocessing
@@ -34,7 +34,8 @@ COMPILED = "ours compiled"
 LEGEND = """
 GFLOP: what the plain form of a peer's networks needs for two steps of D and one of G; a matrix product, for one.
 seconds: for the same, median of the rounds. photos/s: photos that D saw. memory: {memory}, at its peak.
-x: how many times as fast as the other, in the same round. TFLOP/s: GFLOP by seconds; share: of the matrix product's rate."""
+x: how many times as fast as the other, in the same round.
+TFLOP/s: GFLOP by seconds; share: of the matrix product's rate."""
 N_WARM_UP = {"cpu": 1, "cuda": 10}
 
 
@@ -43,7 +44,9 @@ class Child:
 
     def __init__(self, name: str, work: Work, n_threads: int):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["carproto.gan.trainer"])  # imported once, computed with never: each child starts in no time
+        context.set_forkserver_preload(
+            ["carproto.gan.trainer"]
+        )  # imported once, computed with never: each child starts in no time
         self.connection, far_end = context.Pipe()
         self.process = context.Process(target=serve, args=(far_end, name, work, n_threads))
         self.process.start()
@@ -55,7 +58,9 @@ class Child:
             return self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            return {"failed": f"its process ended with {self.process.exitcode}; -9 means that memory ran out: lower --batch"}
+            return {
+                "failed": f"its process ended with {self.process.exitcode}; -9 means that memory ran out: lower --batch"
+            }
 
     def take_turn(self, seconds: float) -> dict:
         """Let it step for at least so long, and once at least."""
@@ -79,7 +84,14 @@ def serve(connection, name: str, work: Work, n_threads: int) -> None:
         empty = measure_peak(work.device)
         peer = PEERS[name](work)
         time_steps(peer, work.device, n_at_least=N_WARM_UP[torch.device(work.device).type])
-        connection.send({"precision": peer.precision, "parameters": peer.parameters, "tflop": peer.flop / 1e12, "empty_mb": empty / 1e6})
+        connection.send(
+            {
+                "precision": peer.precision,
+                "parameters": peer.parameters,
+                "tflop": peer.flop / 1e12,
+                "empty_mb": empty / 1e6,
+            }
+        )
         while True:
             seconds = time_steps(peer, work.device, connection.recv())
             connection.send({"seconds": seconds, "memory_mb": measure_peak(work.device) / 1e6})
@@ -103,7 +115,7 @@ def time_steps(peer: Peer, device: str, seconds: float = 0, n_at_least: int = 1)
 
 
 def time_steps_on_gpu(peer: Peer, seconds: float, n_at_least: int) -> float:
-    """Do the same where steps are only queued: fix their number first, wait once at the end, and lend the memory to the next peer."""
+    """Time queued steps: fix their number first, wait once at the end, free the memory for the next peer."""
 
     def time_some(n: int) -> float:
         start = time.perf_counter()
@@ -125,7 +137,9 @@ def measure_peak(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_turns(names: list[str], work: Work, n_rounds: int, seconds: float, n_threads: int, bar: tqdm) -> dict[str, dict]:
+def run_turns(
+    names: list[str], work: Work, n_rounds: int, seconds: float, n_threads: int, bar: tqdm
+) -> dict[str, dict]:
     """Let the peers take turns; return for each what it is and its turns, or why there are none."""
     children, results = {}, {}
     title = f"{work.size} px, width {work.width}"
@@ -158,13 +172,28 @@ def summarise(values: list[float]) -> dict[str, float]:
 
 def make_rows(results: dict[str, dict], work: Work) -> list[dict]:
     """Return the record of one size: a row for each peer that finished."""
-    seconds = {name: [turn["seconds"] for turn in peer["turns"]] for name, peer in results.items() if "failed" not in peer and peer["turns"]}
+    seconds = {
+        name: [turn["seconds"] for turn in peer["turns"]]
+        for name, peer in results.items()
+        if "failed" not in peer and peer["turns"]
+    }
     rates = [results[MATRIX]["tflop"] / s for s in seconds.get(MATRIX, [])]
     rows = []
     for name, times in seconds.items():
         peer = results[name]
-        row = {"size": work.size, "width": work.width, "batch": work.batch, "peer": name, "precision": peer["precision"], "tflop": peer["tflop"]}
-        row |= {"seconds": summarise(times), "seconds_of_rounds": times, "tflop_per_second": peer["tflop"] / statistics.median(times)}
+        row = {
+            "size": work.size,
+            "width": work.width,
+            "batch": work.batch,
+            "peer": name,
+            "precision": peer["precision"],
+            "tflop": peer["tflop"],
+        }
+        row |= {
+            "seconds": summarise(times),
+            "seconds_of_rounds": times,
+            "tflop_per_second": peer["tflop"] / statistics.median(times),
+        }
         if name != MATRIX:
             row["parameters_g"], row["parameters_d"] = peer["parameters"]
             row["steps_per_second"] = 1 / statistics.median(times)
@@ -175,7 +204,9 @@ def make_rows(results: dict[str, dict], work: Work) -> list[dict]:
                 for other in ("torch-mimicry", "plain")
                 if other in seconds and other != name
             }
-            row["share_of_matrix_rate"] = summarise([peer["tflop"] / s / rate for s, rate in zip(times, rates)]) if rates else None
+            row["share_of_matrix_rate"] = (
+                summarise([peer["tflop"] / s / rate for s, rate in zip(times, rates)]) if rates else None
+            )
         rows.append(row)
     return rows
 
@@ -183,26 +214,39 @@ def make_rows(results: dict[str, dict], work: Work) -> list[dict]:
 def draw_table(rows: list[dict]) -> str:
     """Return one size as text."""
     ratios = ("x mimicry", "(spread)", "x plain", "(spread)")
-    lines = [("peer", "", "G + D, M", "GFLOP", "seconds", "(spread)", "photos/s", "memory", *ratios, "TFLOP/s", "share")]
+    lines = [
+        ("peer", "", "G + D, M", "GFLOP", "seconds", "(spread)", "photos/s", "memory", *ratios, "TFLOP/s", "share")
+    ]
     for row in rows:
         t, share = row["seconds"], row.get("share_of_matrix_rate")
         against = [row.get("speed_against", {}).get(other) for other in ("torch-mimicry", "plain")]
-        lines.append((
-            row["peer"],
-            row["precision"],
-            f"{row['parameters_g'] / 1e6:.2f} + {row['parameters_d'] / 1e6:.2f}" if "parameters_g" in row else "",
-            f"{1000 * row['tflop']:.0f}",
-            f"{t['median']:.3f}",
-            f"({t['low']:.3f}-{t['high']:.3f})",
-            f"{row['images_per_second']:.1f}" if "images_per_second" in row else "",
-            f"{row['memory_mb']:.0f} MB" if "memory_mb" in row else "",
-            *(text for ratio in against for text in ((f"{ratio['median']:.2f}", f"({ratio['low']:.2f}-{ratio['high']:.2f})") if ratio else ("", ""))),
-            f"{row['tflop_per_second']:.3g}",
-            f"{100 * share['median']:.0f} %" if share else "",
-        ))
+        lines.append(
+            (
+                row["peer"],
+                row["precision"],
+                f"{row['parameters_g'] / 1e6:.2f} + {row['parameters_d'] / 1e6:.2f}" if "parameters_g" in row else "",
+                f"{1000 * row['tflop']:.0f}",
+                f"{t['median']:.3f}",
+                f"({t['low']:.3f}-{t['high']:.3f})",
+                f"{row['images_per_second']:.1f}" if "images_per_second" in row else "",
+                f"{row['memory_mb']:.0f} MB" if "memory_mb" in row else "",
+                *(
+                    text
+                    for ratio in against
+                    for text in (
+                        (f"{ratio['median']:.2f}", f"({ratio['low']:.2f}-{ratio['high']:.2f})") if ratio else ("", "")
+                    )
+                ),
+                f"{row['tflop_per_second']:.3g}",
+                f"{100 * share['median']:.0f} %" if share else "",
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*lines)]
     title = f"{rows[0]['size']} px, width {rows[0]['width']}, batch {rows[0]['batch']}"
-    body = ["  ".join(text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))).rstrip() for line in lines]
+    body = [
+        "  ".join(text.ljust(w) if i < 2 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    ]
     return "\n".join(["", title, *("  " + line for line in body)])
 
 
@@ -239,15 +283,28 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     nets = [(32, 64), (64, 32), (64, 64), (128, 64)]
-    parser.add_argument("--sizes", type=parse_net, nargs="+", default=nets, metavar="SIZE[:WIDTH]", help="default 32 64:32 64 128; width 64")
+    parser.add_argument(
+        "--sizes",
+        type=parse_net,
+        nargs="+",
+        default=nets,
+        metavar="SIZE[:WIDTH]",
+        help="default 32 64:32 64 128; width 64",
+    )
     parser.add_argument("--batch", type=at_least(2), default=8, help="pictures in a step, default 8")
     parser.add_argument("--rounds", type=at_least(1), default=4, help="turns of each peer, default 4")
-    parser.add_argument("--turn", type=float, default=1.0, metavar="SECONDS", help="a turn lasts at least so long, default 1")
+    parser.add_argument(
+        "--turn", type=float, default=1.0, metavar="SECONDS", help="a turn lasts at least so long, default 1"
+    )
     parser.add_argument("--threads", type=at_least(1), default=count_cores(), help="of each peer, default all cores")
     parser.add_argument("--device", help="cpu or cuda; default the best at hand")
     error_p99 = [name for name in PEERS if name != COMPILED]
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=error_p99, metavar="PEER", help=f"of {', '.join(PEERS)}")
-    parser.add_argument("--out", type=Path, default=Path("runs/bench/bench.json"), help="the record, default runs/bench/bench.json")
+    parser.add_argument(
+        "--peers", nargs="+", choices=list(PEERS), default=error_p99, metavar="PEER", help=f"of {', '.join(PEERS)}"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bench/bench.json"), help="the record, default runs/bench/bench.json"
+    )
     return parser.parse_args(argv)
 
 
@@ -277,14 +334,27 @@ def run_bench(arguments: argparse.Namespace) -> None:
     if device.type not in N_WARM_UP:
         raise CarprotoError(f"device {device} is not timed here: choose cpu or cuda")
     torch.set_num_threads(arguments.threads)
-    names = [name for name in PEERS if name in arguments.peers and (name != "ours fp32" or pick_precision(device) != "fp32")]
-    record = {"environment": describe_environment(), "device": str(device), "rounds": arguments.rounds, "d_steps": D_STEPS}
+    names = [
+        name for name in PEERS if name in arguments.peers and (name != "ours fp32" or pick_precision(device) != "fp32")
+    ]
+    record = {
+        "environment": describe_environment(),
+        "device": str(device),
+        "rounds": arguments.rounds,
+        "d_steps": D_STEPS,
+    }
     record |= {"load_at_start": os.getloadavg()[0], "results": [], "absent": {}, "failed": {}}
     check_writable(arguments.out)
     machine = record["environment"]
-    print(f"{machine['gpu'] if device.type == 'cuda' else machine['processor']}, {machine['n_threads']} threads, torch {machine['torch']}")
+    print(
+        f"{machine['gpu'] if device.type == 'cuda' else machine['processor']}, "
+        f"{machine['n_threads']} threads, torch {machine['torch']}"
+    )
     if record["load_at_start"] > 0.3 * count_cores():
-        print(f"Other programs are busy here (load {record['load_at_start']:.1f} on {count_cores()} cores): the times will be too long")
+        print(
+            f"Other programs are busy here (load {record['load_at_start']:.1f} on {count_cores()} cores): "
+            "the times will be too long"
+        )
     n_turns = len(arguments.sizes) * len(names) * (1 + arguments.rounds)
     with tqdm(total=n_turns, unit="turn", dynamic_ncols=True) as bar:
         for size, width in arguments.sizes:
@@ -293,7 +363,9 @@ def run_bench(arguments: argparse.Namespace) -> None:
             rows = make_rows(results, work)
             record["results"] += rows
             for kind in ("absent", "failed"):
-                record[kind] |= {f"{name}, {size} px, width {width}": peer[kind] for name, peer in results.items() if kind in peer}
+                record[kind] |= {
+                    f"{name}, {size} px, width {width}": peer[kind] for name, peer in results.items() if kind in peer
+                }
             save_json(record, arguments.out)
             bar.write(draw_table(rows) if rows else f"{size} px, width {width}: nothing could be timed")
     memory = "allocated on the GPU" if device.type == "cuda" else "of the whole process"

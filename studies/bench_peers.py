@@ -1,4 +1,5 @@
-"""The peers of the benchmark. Each is given the same pictures and does the same work: two steps of D and one of G, hinge loss, Adam."""
+"""The peers of the benchmark: the same images, two steps of D and one of G, hinge loss, Adam."""
+
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def count_parameters(*nets: nn.Module) -> tuple[int, ...]:
 
 
 def count_flop(make_nets: Callable[[], tuple[nn.Module, nn.Module]], batch: int) -> float:
-    """Count what two steps of D and one of G need: a backward pass to weights and input costs two forward passes, to one of them one."""
+    """Count the FLOPs of two steps of D and one of G: a backward pass to weights and input costs two forward ones."""
     with torch.device("meta"), torch.no_grad():
         G, D = make_nets()
         with FlopCounterMode(display=False) as counter:
@@ -151,7 +152,9 @@ class PlainDown(nn.Module):
         h = self.conv2(F.relu(self.conv1(x if self.is_first else F.relu(x))))
         if not self.pool:
             return h + x
-        return F.avg_pool2d(h, 2) + (self.shortcut(F.avg_pool2d(x, 2)) if self.is_first else F.avg_pool2d(self.shortcut(x), 2))
+        return F.avg_pool2d(h, 2) + (
+            self.shortcut(F.avg_pool2d(x, 2)) if self.is_first else F.avg_pool2d(self.shortcut(x), 2)
+        )
 
 
 class PlainGenerator(nn.Module):
@@ -202,7 +205,7 @@ def make_plain_nets(work: Work) -> tuple[nn.Module, nn.Module]:
 
 
 def make_plain(work: Work) -> Peer:
-    """Build the loop that a reader of the paper would write: fp32, one pass for photos and one for drawings, every gradient there is."""
+    """Build a plain training loop: fp32, one pass for real and one for generated images, every gradient."""
     G, D = make_plain_nets(work)
     G, D = G.to(work.device), normalise(D).to(work.device)
     optimizer_g, optimizer_d = (torch.optim.Adam(net.parameters(), **ADAM) for net in (G, D))
@@ -232,7 +235,13 @@ def make_ours(work: Work, *, precision: str = "auto", full: bool = False, **opti
     """Build the trainer; `full` adds DiffAugment and LeCam, which no other peer has; options are the trainer's."""
     regularisation = {"lecam_start": 0} if full else {"augment": None, "lecam_weight": 0.0}
     config = TrainConfig(
-        size=work.size, width=work.width, z_dim=Z_DIM, batch=work.batch, d_steps=D_STEPS, precision=precision, **regularisation
+        size=work.size,
+        width=work.width,
+        z_dim=Z_DIM,
+        batch=work.batch,
+        d_steps=D_STEPS,
+        precision=precision,
+        **regularisation,
     )
     device = torch.device(work.device)
     trainer = Trainer(work.photos(), config, device, **options)
@@ -243,7 +252,9 @@ def make_ours(work: Work, *, precision: str = "auto", full: bool = False, **opti
         trainer.step_generator()
 
     flop = count_flop(partial(make_plain_nets, work), work.batch)
-    return Peer(step, flop, pick_precision(device) if precision == "auto" else precision, count_parameters(trainer.G, trainer.D))
+    return Peer(
+        step, flop, pick_precision(device) if precision == "auto" else precision, count_parameters(trainer.G, trainer.D)
+    )
 
 
 # --- what the hardware can do

@@ -1,23 +1,25 @@
-"""Measure the paths from a held-out common car to a held-out futuristic one: futurism, similarity, smoothness and norms along each path.
+"""Measure paths between held-out cars: futurism, similarity, smoothness and norms along each.
 
     python studies/blend.py toys   --common runs/common --futuristic runs/futuristic --encoder runs/encoder
     python studies/blend.py photos --common runs/common --futuristic runs/futuristic --encoder runs/encoder \\
         --heldout HELDOUT.zip --concepts CONCEPTS_HELDOUT.zip --probe data/real64/probe --backbone MOBILENET.safetensors
 
-Where --probe does not exist yet, it is fitted on --train and --train-concepts first. One record goes to data/records/blend_NAME.json.
-"""
+Where --probe does not exist yet, it is fitted on --train and --train-concepts first. One record goes to
+data/records/blend_NAME.json."""
+
 import argparse
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
 from _record import save_record
 from tqdm import tqdm
 
-from carproto.blend.calibrate import calibrate
 from carproto.blend.interpolate import blend_frames, blend_latents
 from carproto.blend.path_metrics import factor_drift, measure_paths, mid_blend_realism, perceptual_path_length
 from carproto.blend.path_planning import plan_path
+from carproto.blend.speed import plan_speed
 from carproto.config import CarprotoError, InvertConfig
 from carproto.core import sample_latents, seeded
 from carproto.data.dataset import open_cars
@@ -44,7 +46,10 @@ PATHS = {  # how latent and generator move, and the path between the latents
 def fit_probe(folder: Path, arguments: argparse.Namespace, size: int) -> None:
     """Fit a futurism probe on training photos and evaluate it on held-out ones."""
     extractor = feature_extractor(arguments.backbone, size=arguments.extractor_size)
-    sets = [open_cars(path, size, split=None).images for path in (arguments.train, arguments.train_concepts, arguments.heldout, arguments.concepts)]
+    sets = [
+        open_cars(path, size, split=None).images
+        for path in (arguments.train, arguments.train_concepts, arguments.heldout, arguments.concepts)
+    ]
     few = sets[0][torch.randperm(len(sets[0]), generator=seeded(0))[:3000]]
     common, concept, low, high = (extract_features(images, extractor, show_bar=True) for images in (few, *sets[1:]))
     probe = fit_futurism_probe(common, concept, extractor=extractor.name)
@@ -53,12 +58,17 @@ def fit_probe(folder: Path, arguments: argparse.Namespace, size: int) -> None:
         "n_heldout": [len(low), len(high)],
         "heldout_accuracy": ((low < 0).float().mean() + (high > 0).float().mean()).item() / 2,
         "heldout_auc": (high[:, None] > low).float().mean().item(),
-        "heldout_logit": {"common": [low.mean().item(), low.std().item()], "concept": [high.mean().item(), high.std().item()]},
+        "heldout_logit": {
+            "common": [low.mean().item(), low.std().item()],
+            "concept": [high.mean().item(), high.std().item()],
+        },
     }
     probe.save(folder)
 
 
-def invert_cars(images: torch.Tensor, n: int, G, E, metric: PerceptualDistance, use_channel_gains: bool = False) -> list[tuple]:
+def invert_cars(
+    images: torch.Tensor, n: int, G, E, metric: PerceptualDistance, use_channel_gains: bool = False
+) -> list[tuple]:
     """Invert held-out cars to latents near the prior's norm and channel gains; a small set is used more than once."""
     order = torch.cat([torch.randperm(len(images), generator=seeded(i)) for i in range(-(-n // len(images)))])[:n]
     config = InvertConfig(steps=60, norm_slack=0.049, use_channel_gains=use_channel_gains)
@@ -74,7 +84,9 @@ def main() -> None:
         parser.add_argument(f"--{option}", type=Path, required=True, help="a run's folder")
     for option in ("heldout", "concepts", "train", "train-concepts", "backbone"):
         parser.add_argument(f"--{option}", default="", help="for photos: a folder or zip, or the MobileNetV2 file")
-    parser.add_argument("--probe", type=Path, default=Path("data/real64/probe"), help="for photos: the futurism probe's folder")
+    parser.add_argument(
+        "--probe", type=Path, default=Path("data/real64/probe"), help="for photos: the futurism probe's folder"
+    )
     parser.add_argument("--extractor-size", type=int, default=96, help="pixels that the backbone sees")
     parser.add_argument("--n", type=int, default=200, help="pairs")
     parser.add_argument("--out", type=Path, default=Path("data/records"))
@@ -93,12 +105,15 @@ def main() -> None:
             raise CarprotoError("photos need --heldout, --concepts and --backbone")
         if not (arguments.probe / "config.json").exists():
             fit_probe(arguments.probe, arguments, common.size)
-        heldout, concepts = (open_cars(path, common.size, split=None).images for path in (arguments.heldout, arguments.concepts))
+        heldout, concepts = (
+            open_cars(path, common.size, split=None).images for path in (arguments.heldout, arguments.concepts)
+        )
         scale = futurism_scale(arguments.probe, arguments.backbone)
         extractor = feature_extractor(arguments.backbone, size=arguments.extractor_size)
     sides = (heldout, common), (concepts, futuristic)
     plain, closer = (
-        [invert_cars(images, arguments.n, G, E, metric, use_channel_gains) for images, G in sides] for use_channel_gains in (False, True)
+        [invert_cars(images, arguments.n, G, E, metric, use_channel_gains) for images, G in sides]
+        for use_channel_gains in (False, True)
     )
     z_a, z_b = ([latent for latent, _ in cars] for cars in plain)
     with torch.no_grad():
@@ -108,19 +123,21 @@ def main() -> None:
     def make_frames(a: torch.Tensor, b: torch.Tensor, w: torch.Tensor, options: dict, mode: str) -> torch.Tensor:
         return blend_frames(common, futuristic, a, b, w, mode=mode, **options)
 
+    def make_both(
+        a: torch.Tensor, b: torch.Tensor, options: dict, mode: str, latent: torch.Tensor, generator: torch.Tensor
+    ) -> torch.Tensor:
+        return make_frames(a, b, latent, {**options, "latent": latent, "generator": generator}, mode)
+
     def measure(name: str, options: dict, mode: str, planned: str = "", cars: list = plain) -> dict:
         paths, shares = [], []
         for (a, channel_gains_a), (b, channel_gains_b) in zip(tqdm(cars[0], desc=name, unit="pair"), cars[1]):
             w, moves = POSITIONS, {**options, "channel_gains": (channel_gains_a, channel_gains_b)}
             if planned == "calibrated":
-                calibration = calibrate(lambda raw: make_frames(a, b, raw, {}, mode), scale, n=25, perceptual=metric)  # noqa: B023 - called at once
-                w, _ = calibration(POSITIONS), shares.append(calibration.share)
+                along = partial(make_frames, a, b, options={}, mode=mode)
+                speed = plan_speed(along, scale, n=25, perceptual=metric)
+                w, _ = speed(POSITIONS), shares.append(speed.share)
             elif planned == "planned":
-                plan = plan_path(
-                    lambda c, g: make_frames(a, b, c, {**moves, "latent": c, "generator": g}, mode),  # noqa: B023 - called at once
-                    scale,
-                    perceptual=metric,
-                )
+                plan = plan_path(partial(make_both, a, b, moves, mode), scale, perceptual=metric)
                 w, generator = plan(POSITIONS)
                 moves = {**moves, "latent": w, "generator": generator}
             moving = torch.zeros(len(w)) if options.get("latent") is False else w
@@ -129,18 +146,24 @@ def main() -> None:
         return {**results, "median_share": torch.tensor(shares).median().item()} if shares else results
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of pairs whose last car is no more futuristic than the first: they are counted
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # of pairs whose last car is no more futuristic than the first: they are counted
         by_path = {name: measure(name, *way) for name, way in PATHS.items()}
         by_path["norm, calibrated"] = measure("norm, calibrated", {}, "norm", "calibrated")
         by_path["norm, planned"] = measure("norm, planned", {}, "norm", "planned")
-        by_path["norm, planned, with channel gains"] = measure("norm, planned, with channel gains", {}, "norm", "planned", closer)
+        by_path["norm, planned, with channel gains"] = measure(
+            "norm, planned, with channel gains", {}, "norm", "planned", closer
+        )
     lengths = {}
     for mode in ("lerp", "slerp", "norm"):
         draws = [lambda w, a=a, b=b, mode=mode: make_frames(a, b, w, {}, mode) for a, b in zip(z_a[:100], z_b[:100])]
         results = perceptual_path_length(draws, metric)
         lengths[mode] = {"mean": results.mean().item(), "median": results.median().item(), "n": len(results)}
     with torch.no_grad():
-        drawn = [torch.cat([G(z) for z in sample_latents(500, common.z_dim, seed=3).split(50)]) for G in (common, futuristic)]
+        drawn = [
+            torch.cat([G(z) for z in sample_latents(500, common.z_dim, seed=3).split(50)]) for G in (common, futuristic)
+        ]
     before, after = (scale(images) for images in drawn)
     pooled = ((before.var() + after.var()) / 2).sqrt()
     record = {
@@ -152,19 +175,25 @@ def main() -> None:
         "paths": by_path,
         "path_length": lengths,
         "realism": {f"w {w}": mid_blend_realism(common, futuristic, extractor, w=w) for w in (0.25, 0.5, 0.75)},
-        "freezed": {"common": before.mean().item(), "futuristic": after.mean().item(),
-                    "effect_size": ((after.mean() - before.mean()) / pooled).item(),
-                    "held_out_common": scale(heldout).mean().item(), "held_out_concepts": scale(concepts).mean().item(),
-                    "same_latent_distance": metric(drawn[0][:200], drawn[1][:200]).mean().item(),
-                    "other_latent_distance": metric(drawn[0][:200], drawn[1][200:400]).mean().item()},
-    }  # fmt: skip
+        "freezed": {
+            "common": before.mean().item(),
+            "futuristic": after.mean().item(),
+            "effect_size": ((after.mean() - before.mean()) / pooled).item(),
+            "held_out_common": scale(heldout).mean().item(),
+            "held_out_concepts": scale(concepts).mean().item(),
+            "same_latent_distance": metric(drawn[0][:200], drawn[1][:200]).mean().item(),
+            "other_latent_distance": metric(drawn[0][:200], drawn[1][200:400]).mean().item(),
+        },
+    }
     if arguments.name == "toys":
         record["factors"] = factor_drift(common, futuristic, regressor)
     else:
         record["probe"] = FuturismProbe.load(arguments.probe).report
     save_record(record, arguments.out / f"blend_{arguments.name}.json")
     for name, results in by_path.items():
-        shares = " ".join(f"{key} {results[key]:.0%}" for key in ("share_spearman_0.95", "share_steps_3x", "share_norms_5pct"))
+        shares = " ".join(
+            f"{key} {results[key]:.0%}" for key in ("share_spearman_0.95", "share_steps_3x", "share_norms_5pct")
+        )
         print(f"{name:70} {shares}")
 
 

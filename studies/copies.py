@@ -1,11 +1,13 @@
 """Measure copies of training cars by released generators; the record holds distances and latents, no photo.
 
     python studies/copies.py toys
-    python studies/copies.py photos --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip
+    python studies/copies.py photos --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip \\
+        --concepts_heldout CONCEPTS_HELDOUT.zip
 
-For each generator: the copy rate, its limit, the distance ratios of generated and real cars, and the latents of the lowest ratios. As a check of
-the measure, altered training cars (blurred, translated, brightened, mixed) take the place of generated ones.
-"""
+For each generator: the copy rate, its limit, the distance ratios of generated and real cars, and the latents of the
+lowest ratios. As a check of the measure, altered training cars (blurred, translated, brightened, mixed) take the
+place of generated ones."""
+
 import argparse
 from pathlib import Path
 
@@ -14,7 +16,13 @@ import torch.nn.functional as F
 from _record import save_record
 
 from carproto.data.dataset import open_cars
-from carproto.eval.metrics import copy_descriptors, copy_rate, generate_images, nn_distance_ratio, reference_distance_ratio
+from carproto.eval.metrics import (
+    copy_descriptors,
+    copy_rate,
+    generate_images,
+    nn_distance_ratio,
+    reference_distance_ratio,
+)
 from carproto.gan.sngan import load_generator
 from carproto.images import to_tensor
 
@@ -33,7 +41,9 @@ def quantiles(values: torch.Tensor) -> list[float]:
     return torch.quantile(values, torch.linspace(0, 1, 51)).tolist()
 
 
-def measure(name: str, train: torch.Tensor, heldout: torch.Tensor, n: int, seed: int, others: torch.Tensor | None = None) -> dict:
+def measure(
+    name: str, train: torch.Tensor, heldout: torch.Tensor, n: int, seed: int, others: torch.Tensor | None = None
+) -> dict:
     """Measure one generator; and `others`, photos of another source that are nobody's copies."""
     G = load_generator(name, "cpu")
     small_train, small_heldout = copy_descriptors(train), copy_descriptors(heldout)
@@ -46,14 +56,28 @@ def measure(name: str, train: torch.Tensor, heldout: torch.Tensor, n: int, seed:
         for i in distance_ratio.argsort()[:N_WORST].tolist()
     ]
     some = to_tensor(train[torch.linspace(0, len(train) - 1, min(len(train), 1000)).long()])
-    results = {how: copy_rate(copy_descriptors(spoil(some).clamp(-1, 1)), small_train, small_heldout) for how, spoil in SPOILT.items()}
+    results = {
+        how: copy_rate(copy_descriptors(spoil(some).clamp(-1, 1)), small_train, small_heldout)
+        for how, spoil in SPOILT.items()
+    }
     return {
-        "fingerprint": G.fingerprint(), "n_train": len(train), "n_heldout": len(heldout), "n_generated": n, "n_reference": len(reference),
-        "copy_rate": copy_rate(generated, small_train, small_heldout), "limit": limit.item(), "real": quantiles(reference),
-        "generated": quantiles(distance_ratio), "worst": worst, "distance_generated": quantiles(nearest),
-        "distance_heldout": quantiles(torch.cdist(small_heldout, small_train).min(1).values), "altered_copies_found": results,
-        "others_called_copies": None if others is None else copy_rate(copy_descriptors(others), small_train, small_heldout),
-    }  # fmt: skip
+        "fingerprint": G.fingerprint(),
+        "n_train": len(train),
+        "n_heldout": len(heldout),
+        "n_generated": n,
+        "n_reference": len(reference),
+        "copy_rate": copy_rate(generated, small_train, small_heldout),
+        "limit": limit.item(),
+        "real": quantiles(reference),
+        "generated": quantiles(distance_ratio),
+        "worst": worst,
+        "distance_generated": quantiles(nearest),
+        "distance_heldout": quantiles(torch.cdist(small_heldout, small_train).min(1).values),
+        "altered_copies_found": results,
+        "others_called_copies": None
+        if others is None
+        else copy_rate(copy_descriptors(others), small_train, small_heldout),
+    }
 
 
 def main() -> None:
@@ -67,19 +91,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/records"))
     text = parser.parse_args()
     if text.name == "toys":
-        sets = {part: [open_cars(data, 64, split=split).images for split in ("train", "heldout")]
-                for part, data in (("common", "toycars"), ("futuristic", "toycars-futuristic"))}  # fmt: skip
+        sets = {
+            part: [open_cars(data, 64, split=split).images for split in ("train", "heldout")]
+            for part, data in (("common", "toycars"), ("futuristic", "toycars-futuristic"))
+        }
     else:
         paths = {"common": (text.data, text.heldout), "futuristic": (text.concepts, text.concepts_heldout)}
         if None in (*paths["common"], *paths["futuristic"]):
             parser.error("photos need --data, --heldout, --concepts and --concepts_heldout")
         sets = {part: [open_cars(path, 64, split=None).images for path in both] for part, both in paths.items()}
     others = {"futuristic": sets["common"][1]}
-    results = {part: measure(f"{RELEASES[text.name]}/{part}", *both, text.n, text.seed, others.get(part)) for part, both in sets.items()}
+    results = {
+        part: measure(f"{RELEASES[text.name]}/{part}", *both, text.n, text.seed, others.get(part))
+        for part, both in sets.items()
+    }
     path = save_record({"seed": text.seed, **results}, text.out / f"copies_{text.name}.json")
     for part, numbers in results.items():
         altered = ", ".join(f"{how} {share:.0%}" for how, share in numbers["altered_copies_found"].items())
-        print(f"{part}: copy rate {numbers['copy_rate']:.2%} of {text.n}, limit {numbers['limit']:.2f}; copies found: {altered}")
+        print(
+            f"{part}: copy rate {numbers['copy_rate']:.2%} of {text.n}, limit {numbers['limit']:.2f}; "
+            f"copies found: {altered}"
+        )
     print(path)
 
 

@@ -1,7 +1,8 @@
-"""Measure the crawler on this machine: pictures a second without a rate limit, memory along the way, and the pace at one request a second.
+"""Measure the crawler: images a second without a rate limit, memory, and the pace at one request a second.
 
-    python studies/crawl_speed.py          # writes data/records/crawl.json
+python studies/crawl_speed.py          # writes data/records/crawl.json
 """
+
 import argparse
 import resource
 import subprocess
@@ -44,7 +45,14 @@ def measure(url: str, n: int, delay: float) -> dict:
         sizes = [row["bytes"] for row in read_manifest(Path(folder) / "pictures")]
     if summary.saved != n or summary.failed:
         sys.exit(f"the crawl did not end well: {summary}")
-    return {"n": n, "delay": delay, "seconds": seconds, "pictures_per_second": n / seconds, "mean_bytes": round(sum(sizes) / n), "rows": rows}
+    return {
+        "n": n,
+        "delay": delay,
+        "seconds": seconds,
+        "pictures_per_second": n / seconds,
+        "mean_bytes": round(sum(sizes) / n),
+        "rows": rows,
+    }
 
 
 def main() -> None:
@@ -64,7 +72,10 @@ def main() -> None:
         server.terminate()
         server.wait()
     save_json({"unlimited": fast, "polite": polite, "n_workers": 8, "environment": describe_environment()}, args.out)
-    print(f"{fast['pictures_per_second']:.0f} pictures a second, {fast['memory_grown_mb']:.1f} MB more at the end; {args.out}")
+    print(
+        f"{fast['pictures_per_second']:.0f} pictures a second, "
+        f"{fast['memory_grown_mb']:.1f} MB more at the end; {args.out}"
+    )
 
 
 if __name__ == "__main__":

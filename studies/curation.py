@@ -1,9 +1,12 @@
-"""Measure how many photos a second are curated: with and without the view classifier, small as they are and enlarged to a crawl's size.
+"""Measure photos curated a second, with and without the view classifier, small and at a crawl's size.
 
-    python studies/curation.py --photos cars.zip --classifier views/ --backbone mobilenet_v2.safetensors   # writes data/records/curate.json
+    python studies/curation.py --photos cars.zip --classifier views/ --backbone mobilenet_v2.safetensors
 
-The time is that of `curate`, from reading the files to writing the verdicts; unpacking and enlarging come before. Needs a quiet machine.
-"""
+The record is data/records/curate.json.
+
+The time is that of `curate`, from reading the files to writing the verdicts; unpacking and enlarging come before.
+Needs a quiet machine."""
+
 import argparse
 import io
 import tempfile
@@ -37,7 +40,9 @@ def write_photo(folder: Path, large: bool, named: tuple[str, bytes]) -> None:
 def unpack(path: str, n: int, folder: Path, large: bool) -> None:
     """Write the first n photos of a zip into a folder."""
     with zipfile.ZipFile(path) as opened, Pool() as pool:
-        names = sorted(name for name in opened.namelist() if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))[:n]
+        names = sorted(name for name in opened.namelist() if name.lower().endswith((".jpg", ".jpeg", ".png", ".webp")))[
+            :n
+        ]
         pool.map(partial(write_photo, folder, large), ((name, opened.read(name)) for name in names), chunksize=64)
 
 
@@ -49,16 +54,27 @@ def time_curate(photos: str, n: int, classify_view, large: bool) -> dict:
         verdicts = curate(folder, classify_view=classify_view)
         seconds = time.perf_counter() - start
     kinds = {kind: count for kind, count in count_reasons(verdicts).most_common()}
-    return {"n": len(verdicts), "seconds": round(seconds, 1), "per_second": round(len(verdicts) / seconds, 1), "rejected": kinds}
+    return {
+        "n": len(verdicts),
+        "seconds": round(seconds, 1),
+        "per_second": round(len(verdicts) / seconds, 1),
+        "rejected": kinds,
+    }
 
 
 def main() -> None:
     """Measure, print and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", required=True, help="zip of photos")
-    parser.add_argument("--classifier", required=True, help="folder that `save_view_classifier` wrote, see studies/view_accuracy.py --save")
+    parser.add_argument(
+        "--classifier",
+        required=True,
+        help="folder that `save_view_classifier` wrote, see studies/view_accuracy.py --save",
+    )
     parser.add_argument("--backbone", help="file of MobileNetV2 weights; none downloads torchvision's")
-    parser.add_argument("--n", type=int, default=12_000, help="photos; with the classifier, and of the large ones, a quarter of it")
+    parser.add_argument(
+        "--n", type=int, default=12_000, help="photos; with the classifier, and of the large ones, a quarter of it"
+    )
     parser.add_argument("--out", type=Path, default=Path("data/records/curate.json"))
     arguments = parser.parse_args()
     classify = load_view_classifier(arguments.classifier, arguments.backbone)

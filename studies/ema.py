@@ -1,7 +1,10 @@
-"""Measure what averaging the generator's weights is worth at the end of a run: held-out KID and more, with the average and without.
+"""Measure what the EMA of the generator is worth at the end of a run: held-out KID, with it and without.
 
-    python studies/ema.py --run runs/common --heldout HELDOUT.zip --backbone MOBILENET.safetensors      # writes data/records/ema.json
+    python studies/ema.py --run runs/common --heldout HELDOUT.zip --backbone MOBILENET.safetensors
+
+The record is data/records/ema.json.
 """
+
 import argparse
 from pathlib import Path
 
@@ -30,7 +33,9 @@ def main() -> None:
     if state is None:
         raise CarprotoError(f"{text.run} holds no trained run: give a folder with checkpoints in it")
     config = state["config"]
-    evaluator = Evaluator(CarImages(text.heldout, config["size"]).images, feature_extractor(text.backbone, size=96), n_fake=text.n_fake)
+    evaluator = Evaluator(
+        CarImages(text.heldout, config["size"]).images, feature_extractor(text.backbone, size=96), n_fake=text.n_fake
+    )
     record = {"config": config, "step": state["step"]}
     for name, part in PARTS.items():
         G = Generator(config["size"], config["z_dim"], config["width"])

@@ -1,12 +1,14 @@
-"""Measure FreezeD at every depth, with and without DiffAugment and LeCam, over several seeds; can be stopped and goes on.
+"""Measure FreezeD at every depth, with and without DiffAugment and LeCam, over seeds; resumes when stopped.
 
     python studies/freezed.py toys --parent runs/toys
-    python studies/freezed.py photos --parent runs/photos --concepts CONCEPTS.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
+    python studies/freezed.py photos --parent runs/photos --concepts CONCEPTS.zip --heldout HELDOUT.zip \\
+        --backbone MOBILENET.safetensors
 
-The parent is a run of `carproto train`. A cell goes on from its newest checkpoint and takes the same steps as `finetune_freezed`, but keeps
-neither reports nor checkpoints: what is measured is its averaged generator after the last step. The seed changes last, so that a study which
-is stopped is whole for the seeds that it has. data/records/freezed_NAME.jsonl gets a line per cell, freezed_NAME.json what all cells share.
-"""
+The parent is a run of `carproto train`. A cell goes on from its newest checkpoint and takes the same steps as
+`finetune_freezed`, but keeps neither reports nor checkpoints: what is measured is its averaged generator after the
+last step. The seed changes last, so that a study which is stopped is whole for the seeds that it has.
+data/records/freezed_NAME.jsonl gets a line per cell, freezed_NAME.json what all cells share."""
+
 import argparse
 import copy
 import itertools
@@ -31,14 +33,22 @@ from carproto.toycars.regressor import FactorRegressor, factor_regressor
 
 CHILD = {"d_steps": 1, "lr_g": 5e-4, "lr_d": 1e-3, "ema_images": 1000}
 POLICY, LECAM_WEIGHT = "color,translation,cutout", 0.3
-N_STATISTICS = 8  # batches for BatchNorm's statistics: a run takes 32, which shifts the KID by less than the draw of the codes and costs more
+# batches for BatchNorm's statistics: a run takes 32, which shifts the KID by less than the latents do and costs more
+N_STATISTICS = 8
 MEASURED = ("kid", "kid_sd", "kid_train", "frechet", "precision", "recall", "coverage", "copy_rate")
 
 
 class StudyEvaluator:
     """Measures generators against held-out cars; toys are read for their futurism as well."""
 
-    def __init__(self, heldout: torch.Tensor, train: torch.Tensor, extractor: object, n_fake: int, regressor: FactorRegressor | None):
+    def __init__(
+        self,
+        heldout: torch.Tensor,
+        train: torch.Tensor,
+        extractor: object,
+        n_fake: int,
+        regressor: FactorRegressor | None,
+    ):
         self.evaluator, self.regressor = Evaluator(heldout, extractor, train=train, n_fake=n_fake), regressor
 
     def measure(self, trainer: Trainer) -> dict:
@@ -50,7 +60,9 @@ class StudyEvaluator:
         """Measure cars, drawn or real."""
         numbers = self.evaluator.evaluate_images(cars)
         results = {name: numbers[name] for name in MEASURED}
-        return results | ({"futurism": self.regressor.predict(cars)["futurism"].mean().item()} if self.regressor else {})
+        return results | (
+            {"futurism": self.regressor.predict(cars)["futurism"].mean().item()} if self.regressor else {}
+        )
 
 
 def without_renders(cars: CarImages) -> torch.Tensor:
@@ -58,11 +70,15 @@ def without_renders(cars: CarImages) -> torch.Tensor:
     return cars.images[[i for i, row in enumerate(cars.metadata) if row.get("kind") != "render"]]
 
 
-def open_sets(arguments: argparse.Namespace, size: int) -> tuple[torch.Tensor, torch.Tensor, object, FactorRegressor | None]:
+def open_sets(
+    arguments: argparse.Namespace, size: int
+) -> tuple[torch.Tensor, torch.Tensor, object, FactorRegressor | None]:
     """Return the concept cars to learn from, the held-out ones, the extractor, and who reads the futurism of toys."""
     if arguments.name == "toys":
         numbers = {"train": arguments.n_train, "heldout": arguments.n_heldout}
-        concepts, heldout = (open_cars("toycars-futuristic", size, split=split, n_toys=n).images for split, n in numbers.items())
+        concepts, heldout = (
+            open_cars("toycars-futuristic", size, split=split, n_toys=n).images for split, n in numbers.items()
+        )
         return concepts, heldout, feature_extractor("toys"), factor_regressor(quiet=True)
     concepts, heldout = (without_renders(CarImages(path, size)) for path in (arguments.concepts, arguments.heldout))
     return concepts, heldout, feature_extractor(arguments.backbone, size=96), None
@@ -101,7 +117,11 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=("toys", "photos"))
     parser.add_argument("--parent", type=Path, required=True, help="folder of the run to start from")
-    for option, what in {"concepts": "zip of concept cars", "heldout": "zip of held-out ones", "backbone": "MobileNetV2 file"}.items():
+    for option, what in {
+        "concepts": "zip of concept cars",
+        "heldout": "zip of held-out ones",
+        "backbone": "MobileNetV2 file",
+    }.items():
         parser.add_argument(f"--{option}", help=f"for photos: {what}")
     parser.add_argument("--n_train", type=int, default=640, help="for toys: cars to learn from")
     parser.add_argument("--n_heldout", type=int, default=512, help="for toys: held-out cars")
@@ -130,29 +150,47 @@ def run_study(arguments: argparse.Namespace) -> Study:
     G.load_state_dict(parent["G_ema"])
     child = {**CHILD, "steps": arguments.steps, "batch": arguments.batch}
     config = {
-        "parent": {"step": parent["step"], "fingerprint": G.fingerprint(), "config": asdict(ancestor)}, "child": child,
-        "policy": POLICY, "lecam_weight": LECAM_WEIGHT, "extractor": extractor.name, "n_train": len(concepts), "n_heldout": len(heldout),
-        "n_fake": arguments.n_fake, "n_statistics": N_STATISTICS,
-    }  # fmt: skip
+        "parent": {"step": parent["step"], "fingerprint": G.fingerprint(), "config": asdict(ancestor)},
+        "child": child,
+        "policy": POLICY,
+        "lecam_weight": LECAM_WEIGHT,
+        "extractor": extractor.name,
+        "n_train": len(concepts),
+        "n_heldout": len(heldout),
+        "n_fake": arguments.n_fake,
+        "n_statistics": N_STATISTICS,
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     study = Study(arguments.out / f"{arguments.record or 'freezed_' + arguments.name}.jsonl", config)
     evaluator = StudyEvaluator(heldout, concepts, extractor, arguments.n_fake, regressor)
 
     def start(seed: int, depth: int, augment: bool, lecam: bool) -> Trainer:
-        changes = {**child, "seed": seed, "augment": POLICY if augment else None, "lecam_weight": LECAM_WEIGHT if lecam else 0.0}
+        changes = {
+            **child,
+            "seed": seed,
+            "augment": POLICY if augment else None,
+            "lecam_weight": LECAM_WEIGHT if lecam else 0.0,
+        }
         return start_cell(parent, child_config(ancestor, depth, changes), concepts)
 
     if not study.is_begun:
         first = start(arguments.seeds[0], 0, True, True)
         fused = sorted(name for name, is_fused in first.fused_layers.items() if is_fused)
         real = evaluator.measure_cars(concepts[: arguments.n_fake])
-        real = {name: value for name, value in real.items() if name not in ("kid_train", "copy_rate")}  # these are the training cars
+        real = {
+            name: value for name, value in real.items() if name not in ("kid_train", "copy_rate")
+        }  # these are the training cars
         study.begin(precision=first.precision, fused=fused, before=evaluator.measure(first), real=real)
-    depths, with_or_without = arguments.depths or range(ancestor.size.bit_length() - 1), (True,) if arguments.full else (True, False)
+    depths, with_or_without = (
+        arguments.depths or range(ancestor.size.bit_length() - 1),
+        (True,) if arguments.full else (True, False),
+    )
     grid = itertools.product(arguments.seeds, depths, with_or_without, with_or_without)
     cells = [dict(zip(("seed", "depth", "augment", "lecam"), position)) for position in grid]
     cells = [cell for cell in cells if study.lacks(cell)]
-    with tqdm(total=len(cells) * arguments.steps, desc=f"FreezeD on {arguments.name}", unit="step", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(cells) * arguments.steps, desc=f"FreezeD on {arguments.name}", unit="step", dynamic_ncols=True
+    ) as bar:
         for i, cell in enumerate(cells):
             bar.set_postfix(cell=f"{i + 1}/{len(cells)}", seed=cell["seed"], depth=cell["depth"])
             study.add({**cell, **do_cell(start(**cell), evaluator, bar)})

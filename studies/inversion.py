@@ -1,11 +1,13 @@
 """Measure inversion: encoders of several seeds, refinement compared with alternatives, and reconstruction of samples.
 
     python studies/inversion.py toys   --common runs/common --encoders runs/encoder0 runs/encoder1 runs/encoder2
-    python studies/inversion.py photos --common runs/common --encoders runs/encoder0 ... --heldout HELDOUT.zip --squeezenet SQUEEZENET.safetensors
+    python studies/inversion.py photos --common runs/common --encoders runs/encoder0 ... --heldout HELDOUT.zip \\
+        --squeezenet SQUEEZENET.safetensors
 
 One record goes to data/records/invert_NAME.json. Refinement minimizes the distance in the features of the run's
 discriminator; SqueezeNet, where given, is a second metric that took no part in it.
 """
+
 import argparse
 import statistics
 from dataclasses import replace
@@ -31,7 +33,11 @@ PHOTOS = ("photo_r2", "photo_distance", "photo_rms", "photo_rms_99", "n_photos",
 
 def spread(values: list[float]) -> dict:
     """Return mean, standard deviation and the values."""
-    return {"mean": statistics.mean(values), "sd": statistics.stdev(values) if len(values) > 1 else None, "values": values}
+    return {
+        "mean": statistics.mean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "values": values,
+    }
 
 
 def evaluate_all(runs: list[Path], generators: dict) -> dict:
@@ -44,14 +50,19 @@ def evaluate_all(runs: list[Path], generators: dict) -> dict:
     results = {"config": configs[0], "seeds": [config["seed"] for config in configs]}
     for kind, G in generators.items():
         scores = [evaluate_encoder(load_encoder(run / "encoder", fingerprint=bound, device="cpu"), [G]) for run in runs]
-        results[kind] = {name: spread([row[name] for row in scores]) for name in ("r2", "r2_low", "r2_high", "image_r2")}
+        results[kind] = {
+            name: spread([row[name] for row in scores]) for name in ("r2", "r2_low", "r2_high", "image_r2")
+        }
         results[kind]["r2_each"] = [row["r2_each"] for row in scores]
     return {**results, **{name: spread([row[name] for row in text]) for name in PHOTOS if name in text[0]}}
 
 
 def measure_inversion(results: Inversion, targets: torch.Tensor, perceptual: dict[str, PerceptualDistance]) -> dict:
     """Measure an inversion with all perceptual metrics, before and after refinement."""
-    numbers = {"psnr": psnr(results.images, targets).mean().item(), "psnr_start": psnr(results.images_start, targets).mean().item()}
+    numbers = {
+        "psnr": psnr(results.images, targets).mean().item(),
+        "psnr_start": psnr(results.images_start, targets).mean().item(),
+    }
     with torch.no_grad():
         for name, metric in perceptual.items():
             pairs = list(zip(targets.split(32), results.images.split(32), results.images_start.split(32)))
@@ -66,7 +77,13 @@ def main() -> None:
     parser.add_argument("name", choices=("toys", "photos"))
     parser.add_argument("--common", type=Path, required=True, help="the common cars' run")
     parser.add_argument("--futuristic", type=Path, help="the futuristic cars' run, whose latents are evaluated too")
-    parser.add_argument("--encoders", type=Path, nargs="+", required=True, help="encoder runs that differ in their seeds; the first one is used")
+    parser.add_argument(
+        "--encoders",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="encoder runs that differ in their seeds; the first one is used",
+    )
     parser.add_argument("--heldout", default="toycars", help="photos never trained on")
     parser.add_argument("--squeezenet", default="", help="a file with SqueezeNet 1.1 features, as a second metric")
     parser.add_argument("--n", type=int, default=128, help="cars")
@@ -75,19 +92,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/records"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    generators = {kind: best_generator(run, "cpu") for kind, run in vars(arguments).items() if kind in ("common", "futuristic") and run}
+    generators = {
+        kind: best_generator(run, "cpu")
+        for kind, run in vars(arguments).items()
+        if kind in ("common", "futuristic") and run
+    }
     G = generators["common"]
     E = load_encoder(arguments.encoders[0] / "encoder", fingerprint=G.fingerprint(), device="cpu")
     heldout = open_cars(arguments.heldout, G.size, split="heldout" if arguments.heldout == "toycars" else None).images
     x = to_tensor(heldout[torch.randperm(len(heldout), generator=torch.Generator().manual_seed(0))[: arguments.n]])
     with torch.no_grad():
         samples = torch.cat([G(z) for z in sample_latents(arguments.n, G.z_dim, seed=2_000_003).split(32)])
-    perceptual = {"discriminator": PerceptualDistance(discriminator_features(load_discriminator(arguments.common, "cpu")))}
+    perceptual = {
+        "discriminator": PerceptualDistance(discriminator_features(load_discriminator(arguments.common, "cpu")))
+    }
     if arguments.squeezenet:
         perceptual["squeezenet"] = PerceptualDistance(squeezenet_features(arguments.squeezenet))
     metric, settings = perceptual["discriminator"], InvertConfig(steps=arguments.steps, batch=16)
     refined, chance = (invert(x, G, start, perceptual=metric, config=settings) for start in (E, None))
-    gained, gained_chance = (invert(x, G, start, perceptual=metric, config=replace(settings, use_channel_gains=True)) for start in (E, None))
+    gained, gained_chance = (
+        invert(x, G, start, perceptual=metric, config=replace(settings, use_channel_gains=True)) for start in (E, None)
+    )
     zeros = invert(x, G, perceptual=metric, z_start=torch.zeros(len(x), G.z_dim), config=InvertConfig(steps=0))
     again = invert(samples, G, E, perceptual=metric, config=settings)
     quality = psnr(again.images, samples)
@@ -116,12 +141,17 @@ def main() -> None:
         },
     }
     save_record(record, arguments.out / f"invert_{arguments.name}.json")
-    after, before = (record["heldout"]["refined from the encoder"][f"distance_discriminator{end}"] for end in ("", "_start"))
+    after, before = (
+        record["heldout"]["refined from the encoder"][f"distance_discriminator{end}"] for end in ("", "_start")
+    )
     by_chance = record["heldout"]["refined from chance"]["distance_discriminator"]
     share_30_db = record["reconstruction_of_samples"]["share_30_db"]
-    print(f"R2 {record['encoder']['common']['r2']['mean']:.3f}; distance {before:.3f} encoded, {after:.3f} refined ({after / before - 1:+.0%}), "
-          f"{by_chance:.3f} from chance ({after / by_chance - 1:+.0%}); {share_30_db:.0%} of samples at 30 dB; "
-          f"{refined.seconds.mean():.2f} s an image")  # fmt: skip
+    print(
+        f"R2 {record['encoder']['common']['r2']['mean']:.3f}; distance {before:.3f} encoded, {after:.3f} refined "
+        f"({after / before - 1:+.0%}), "
+        f"{by_chance:.3f} from chance ({after / by_chance - 1:+.0%}); {share_30_db:.0%} of samples at 30 dB; "
+        f"{refined.seconds.mean():.2f} s an image"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Measure how many spoilt copies of real photos are found, how many pairs are claimed among the photos as they are, and what it costs.
+"""Measure how many altered copies of photos are found, how many pairs are claimed, and what it costs.
 
-    python studies/near_duplicates.py --photos cars.zip                      # writes data/records/duplicates.json
-    python studies/near_duplicates.py --photos cars.zip --sheets /tmp/pairs   # also draws the claimed pairs, to be judged by eye
+python studies/near_duplicates.py --photos cars.zip                      # writes data/records/duplicates.json
+    python studies/near_duplicates.py --photos cars.zip --sheets /tmp/pairs   # with sheets of the claimed pairs
 """
+
 import argparse
 import io
 import time
@@ -10,12 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from _record import save_record
+from _record import save_and_print
 from PIL import Image, ImageEnhance
 from tqdm import tqdm
 
-from carproto.data.dataset import PictureStore
-from carproto.data.duplicates import _trimmed_hashes, hash_pictures, make_thumbnails, near_duplicates
+from carproto.data.comparison import hash_pictures, make_thumbnails
+from carproto.data.duplicates import _trimmed_hashes, near_duplicates
+from carproto.data.store import PictureStore
 from carproto.images import fit_square, open_picture
 from carproto.viz import image_grid, save_picture
 
@@ -31,7 +33,9 @@ def trim(picture: Image.Image, rng: np.random.Generator, most: float) -> Image.I
     """Cut up to the share `most` off each of the four sides."""
     left, right, top, bottom = rng.uniform(0, most, 4)
     width, height = picture.size
-    return picture.crop((round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height)))
+    return picture.crop(
+        (round(left * width), round(top * height), round((1 - right) * width), round((1 - bottom) * height))
+    )
 
 
 def resize(picture: Image.Image, factor: float) -> Image.Image:
@@ -49,12 +53,15 @@ KINDS = {
     "resized (x0.4 to x2)": lambda picture, rng: resize(picture, 2 ** rng.uniform(-1.32, 1)),
     "recompressed (JPEG quality 20 to 80)": lambda picture, rng: recompress(picture, int(rng.integers(20, 81))),
     "cropped (up to 5 % of each side)": lambda picture, rng: trim(picture, rng, 0.05),
-    "cropped (5 % of every side)": lambda picture, rng: picture.crop([round(v * s) for v, s in zip((0.05, 0.05, 0.95, 0.95), picture.size * 2)]),
+    "cropped (5 % of every side)": lambda picture, rng: picture.crop(
+        [round(v * s) for v, s in zip((0.05, 0.05, 0.95, 0.95), picture.size * 2)]
+    ),
     "cropped more (up to 10 % of each side)": lambda picture, rng: trim(picture, rng, 0.10),
     "brightened (x1.1 to x1.5, clipped)": lambda picture, rng: brighten(picture, rng.uniform(1.1, 1.5)),
     "darkened (x0.5 to x0.9)": lambda picture, rng: brighten(picture, rng.uniform(0.5, 0.9)),
     "all at once (milder)": lambda picture, rng: recompress(
-        brighten(resize(trim(picture, rng, 0.04), rng.uniform(0.6, 1.2)), rng.uniform(1, 1.25)), int(rng.integers(40, 81))
+        brighten(resize(trim(picture, rng, 0.04), rng.uniform(0.6, 1.2)), rng.uniform(1, 1.25)),
+        int(rng.integers(40, 81)),
     ),
 }
 
@@ -71,7 +78,9 @@ def measure_recall(photos: list, looks: tuple, n: int, seed: int) -> dict:
     for kind, spoil in tqdm(KINDS.items(), desc="kinds of copies"):
         rng = np.random.default_rng([seed, 1])
         copies = look([spoil(photos[i], rng) for i in chosen])
-        group = {i: k for k, cluster in enumerate(near_duplicates(*map(np.concatenate, zip(looks, copies)))) for i in cluster}
+        group = {
+            i: k for k, cluster in enumerate(near_duplicates(*map(np.concatenate, zip(looks, copies)))) for i in cluster
+        }
         results = [i in group and group[i] == group.get(len(photos) + k) for k, i in enumerate(chosen)]
         shares[kind] = sum(results) / n
     return shares
@@ -99,16 +108,22 @@ def draw_pieces(n: int, rng: np.random.Generator, thumbnails: np.ndarray) -> np.
 
 
 def measure_cost(thumbnails: np.ndarray, sizes: tuple, seed: int) -> dict:
-    """Time `near_duplicates` on drawn textures and on pieces of the photos, as many as wanted, of which every twentieth has a copy."""
+    """Time `near_duplicates` on random textures and on crops of photos; every twentieth has a copy."""
     cost = {}
-    for kind, draw in {"textures": draw_textures, "pieces of photos": partial(draw_pieces, thumbnails=thumbnails)}.items():
+    for kind, draw in {
+        "textures": draw_textures,
+        "pieces of photos": partial(draw_pieces, thumbnails=thumbnails),
+    }.items():
         for n in sizes:
             many = draw(n, np.random.default_rng(seed))
             many[::20] = np.clip(many[1::20] * 1.1, 0, 255).astype(np.uint8)
             hashes = _trimmed_hashes(many, 0)
             start = time.perf_counter()
             clusters = near_duplicates(hashes, many)
-            cost.setdefault(kind, {})[str(n)] = {"seconds": round(time.perf_counter() - start, 2), "clusters": len(clusters)}
+            cost.setdefault(kind, {})[str(n)] = {
+                "seconds": round(time.perf_counter() - start, 2),
+                "clusters": len(clusters),
+            }
             print(f"{n} {kind}: {cost[kind][str(n)]}", flush=True)
     return cost
 
@@ -120,7 +135,9 @@ def main() -> None:
     parser.add_argument("--prefix", default="photo_", help="of the file names that are looked at")
     parser.add_argument("--n", type=int, default=500, help="photos to copy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--wrong", type=int, help="how many of the claimed pairs a person found wrong; goes into the record")
+    parser.add_argument(
+        "--wrong", type=int, help="how many of the claimed pairs a person found wrong; goes into the record"
+    )
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets of the claimed pairs")
     parser.add_argument("--out", type=Path, default=Path("data/records/duplicates.json"))
     arguments = parser.parse_args()
@@ -151,9 +168,7 @@ def main() -> None:
         for start in range(0, len(pairs), 48):
             cells = [fit_square(photos[i], 128, "letterbox") for pair in pairs[start : start + 48] for i in pair]
             save_picture(image_grid(cells, 12, 0.62), arguments.sheets / f"pairs_{start:05d}.jpg")
-    save_record(record, arguments.out)
-    for name, value in record.items():
-        print(f"{name}: {value}")
+    save_and_print(record, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Train toy cars twice for each seed, in plain fp32 and as carproto trains, and compare the KID at equal steps; can be stopped and goes on.
+"""Train toy cars twice for each seed, in plain fp32 and as carproto trains; compare the KID at equal steps.
 
     python studies/parity.py --steps 900
 
-`plain` computes in fp32 and with every layer in its plain form. `ours` takes the precision that the hardware computes fastest, and the form
-that was measured to be faster for each layer; where no `ConvPool` was, as in small networks, all of them take their one-piece form all the
-same, so that the claim is tested. Both start from the same weights and see the same cars in the same order. The forms swap places from seed
-to seed, so that a busy machine slows both. data/records/parity.jsonl gets a line for each run, parity.json what all runs share.
-"""
+`plain` computes in fp32 and with every layer in its plain form. `ours` takes the precision that the hardware computes
+fastest, and the form that was measured to be faster for each layer; where no `ConvPool` was, as in small networks,
+all of them take their one-piece form all the same, so that the claim is tested. Both start from the same weights and
+see the same cars in the same order. The forms swap places from seed to seed, so that a busy machine slows both.
+data/records/parity.jsonl gets a line for each run, parity.json what all runs share."""
+
 import argparse
 import time
 from dataclasses import asdict, replace
@@ -73,7 +74,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours")
     parser.add_argument("--n_train", type=int, default=4096, help="toy cars to learn from")
-    parser.add_argument("--n_heldout", type=int, default=512, help="held-out toy cars, and cars that are drawn to be measured")
+    parser.add_argument(
+        "--n_heldout", type=int, default=512, help="held-out toy cars, and cars that are drawn to be measured"
+    )
     parser.add_argument("--out", type=Path, default=Path("data/records"))
     return parser.parse_args(argv)
 
@@ -81,28 +84,49 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run_study(arguments: argparse.Namespace) -> Study:
     """Do the runs that are missing."""
     config = TrainConfig(
-        size=arguments.size, width=arguments.width, z_dim=64, batch=arguments.batch, steps=arguments.steps,
-        lecam_start=arguments.steps // 5, report_every=arguments.steps,
-    )  # fmt: skip
+        size=arguments.size,
+        width=arguments.width,
+        z_dim=64,
+        batch=arguments.batch,
+        steps=arguments.steps,
+        lecam_start=arguments.steps // 5,
+        report_every=arguments.steps,
+    )
     n_places = min(arguments.n_measured, arguments.steps)
     points = [round(arguments.steps * (i + 1) / n_places) for i in range(n_places)]
     numbers = {"train": arguments.n_train, "heldout": arguments.n_heldout}
-    images, heldout = (open_cars("toycars", arguments.size, split=split, n_toys=n).images for split, n in numbers.items())
+    images, heldout = (
+        open_cars("toycars", arguments.size, split=split, n_toys=n).images for split, n in numbers.items()
+    )
     evaluator = Evaluator(heldout, "toys", train=images)
     shared = {name: value for name, value in asdict(config).items() if name not in ("seed", "precision")}
-    settings = {"config": shared, "precision_of_ours": arguments.precision, "measured_at": points, "extractor": evaluator.extractor.name}
+    settings = {
+        "config": shared,
+        "precision_of_ours": arguments.precision,
+        "measured_at": points,
+        "extractor": evaluator.extractor.name,
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     study = Study(arguments.out / "parity.jsonl", settings | {"n_train": len(images), "n_heldout": len(heldout)})
     if not study.is_begun:
         study.begin()
-    runs = [{"seed": seed, "variant": variant} for i, seed in enumerate(arguments.seeds) for variant in VARIANTS[:: -1 if i % 2 else 1]]
+    runs = [
+        {"seed": seed, "variant": variant}
+        for i, seed in enumerate(arguments.seeds)
+        for variant in VARIANTS[:: -1 if i % 2 else 1]
+    ]
     runs = [run for run in runs if study.lacks(run)]
     with tqdm(total=len(runs) * arguments.steps, unit="step", dynamic_ncols=True) as bar:
         for i, run in enumerate(runs):
             bar.set_description(f"{run['variant']}, run {i + 1} of {len(runs)}")
             trainer = make_trainer(images, replace(config, seed=run["seed"]), run["variant"], arguments.precision)
             fused = sorted(name for name, is_fused in trainer.fused_layers.items() if is_fused)
-            about = {"precision": trainer.precision, "n_layers": len(trainer.fused_layers), "n_fused": len(fused), "fused": fused}
+            about = {
+                "precision": trainer.precision,
+                "n_layers": len(trainer.fused_layers),
+                "n_fused": len(fused),
+                "fused": fused,
+            }
             study.add({**run, **about, **train_run(trainer, points, evaluator, bar)})
     return study
 

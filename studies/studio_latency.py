@@ -1,10 +1,10 @@
-"""Measure how long the studio's first picture of a new path takes, in the kernel: the released toy pair, and a 128 px pair of full width.
+"""Measure how long the studio's first image of a new path takes: released toy pair, and 128 px at full width.
 
     python studies/studio_latency.py   # writes data/records/studio.json
 
-The 128 px generators are untrained: their pictures are worthless, their time is that of trained ones. A browser adds some 20 ms to each
-picture. Needs a quiet machine.
-"""
+The 128 px generators are untrained: their pictures are worthless, their time is that of trained ones. A browser adds
+some 20 ms to each picture. Needs a quiet machine."""
+
 import argparse
 import asyncio
 import statistics
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from _record import save_record
+from _record import save_and_print
 
 from carproto.app.pipeline import CarPipeline
 from carproto.app.studio import IntensityStudio
@@ -28,7 +28,7 @@ async def time_paths(studio: IntensityStudio, n: int) -> list[float]:
         studio.car_b.value = (studio.car_b.value + 1) % 16
         taken.append(1000 * (time.perf_counter() - start))
         assert studio.picture.value != before, "no new picture"
-        studio._worker.job = None  # the rest of the path is not wanted here
+        studio.view.worker.job = None  # the rest of the path is not wanted here
         await asyncio.sleep(0.02)
     return taken
 
@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("data/records/studio.json"))
     arguments = parser.parse_args()
     studios = {
-        "toy64, released": open_pipeline([load_generator(f"toy64/{part}", "cpu") for part in ("common", "futuristic")], 64),
+        "toy64, released": open_pipeline(
+            [load_generator(f"toy64/{part}", "cpu") for part in ("common", "futuristic")], 64
+        ),
         "128 px, width 64, untrained": open_pipeline([Generator(128, 128, 64, seed=i) for i in (0, 1)], 128),
     }
     record = {"first_picture_ms": {name: {} for name in studios}}
@@ -60,9 +62,7 @@ def main() -> None:
             taken = asyncio.run(time_paths(studio, arguments.n))
             results = {"median": round(statistics.median(taken), 1), "slowest": round(max(taken), 1)}
             record["first_picture_ms"][name][f"{n_threads} thread" + "s" * (n_threads > 1)] = results
-    save_record(record, arguments.out)
-    for name, value in record.items():
-        print(f"{name}: {value}")
+    save_and_print(record, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Train a pair of generators and their encoder on photos, from nothing to a release, in one command that can be stopped and goes on.
+"""Train a pair of generators and their encoder on photos, from nothing to a release; resumes when stopped.
 
-    python studies/train_release.py real64 --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip \\
-        --backbone MOBILENET.safetensors                                                       # 64 px, two hours on a CPU
-    python studies/train_release.py real128 ... --size 128 --width 64 --batch 128 --d_steps 2 --beta2 0.99 --steps 30000 40000 5000 6000    # a GPU
+    python studies/train_release.py real64 --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip \\
+        --concepts_heldout CONCEPTS_HELDOUT.zip --backbone MOBILENET.safetensors  # 64 px, two hours on a CPU
+    python studies/train_release.py real128 ... --size 128 --width 64 --batch 128 --d_steps 2 --beta2 0.99 \\
+        --steps 30000 40000 5000 6000  # a GPU
 
-In order: train on common cars, shorten the code to the directions that show and let it settle, fine-tune on concept cars, shorten both codes
-alike, train the encoder, measure, release. Each stage is the sub-command of its name, its run lies in runs/NAME, and goes on where it was
-stopped. The release, data/NAME, gets half-precision weights and the records; no network is needed.
-"""
+In order: train on common cars, shorten the code to the directions that show and let it settle, fine-tune on concept
+cars, shorten both codes alike, train the encoder, measure, release. Each stage is the sub-command of its name, its
+run lies in runs/NAME, and goes on where it was stopped. The release, data/NAME, gets half-precision weights and the
+records; no network is needed."""
+
 import argparse
 import sys
 import time
@@ -27,22 +29,46 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="of the release, such as real64")
-    sources = {"data": "photos of common cars", "heldout": "held-out ones", "concepts": "photos of concept cars", "concepts_heldout": "held-out ones"}
+    sources = {
+        "data": "photos of common cars",
+        "heldout": "held-out ones",
+        "concepts": "photos of concept cars",
+        "concepts_heldout": "held-out ones",
+    }
     for option, what in sources.items():
         parser.add_argument(f"--{option}", required=True, help=f"{what}: zip or folder")
     parser.add_argument("--backbone", required=True, help="who measures: a MobileNetV2 file, inception, or toys")
-    parser.add_argument("--steps", type=int, nargs=4, default=(4000, 5500, 1000, 1200), metavar=("FIRST", "COMMON", "CONCEPT", "ENCODER"),
-                        help="until the common cars' code is shortened, in all, of the child, of the encoder")  # fmt: skip
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=4,
+        default=(4000, 5500, 1000, 1200),
+        metavar=("FIRST", "COMMON", "CONCEPT", "ENCODER"),
+        help="until the common cars' code is shortened, in all, of the child, of the encoder",
+    )
     parser.add_argument("--max_minutes", type=float, default=None, help="stop cleanly after so long; without it never")
     parser.add_argument("--size", type=int, default=64, help="pixels")
     parser.add_argument("--width", type=int, default=16, help="channels at full size; 64 is the published network")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--d_steps", type=int, default=1)
     parser.add_argument("--beta2", type=float, default=0.9, help="Adam's second decay in the common cars' training")
-    parser.add_argument("--augment", default="translation", help="for the many common cars; the few concept cars get all of DiffAugment")
-    parser.add_argument("--n_frozen", type=int, default=2, help="lower blocks of the discriminator that the child keeps")
-    parser.add_argument("--z_dims", type=int, nargs=3, default=(64, 16, 8), metavar=("FIRST", "SETTLED", "LAST"), help="numbers of a code, over time")
-    parser.add_argument("--report_every", type=int, default=500, help="steps between measurements; the child's are twice as dense")
+    parser.add_argument(
+        "--augment", default="translation", help="for the many common cars; the few concept cars get all of DiffAugment"
+    )
+    parser.add_argument(
+        "--n_frozen", type=int, default=2, help="lower blocks of the discriminator that the child keeps"
+    )
+    parser.add_argument(
+        "--z_dims",
+        type=int,
+        nargs=3,
+        default=(64, 16, 8),
+        metavar=("FIRST", "SETTLED", "LAST"),
+        help="numbers of a code, over time",
+    )
+    parser.add_argument(
+        "--report_every", type=int, default=500, help="steps between measurements; the child's are twice as dense"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs lie")
     parser.add_argument("--out", type=Path, default=Path("data"), help="where the release goes")
@@ -54,7 +80,10 @@ class Stages:
 
     def __init__(self, arguments: argparse.Namespace):
         self.text, self.folder, self.start = arguments, arguments.runs / arguments.name, time.monotonic()
-        self.evaluated = {"extractor": arguments.backbone, "extractor_size": 96 if arguments.backbone.endswith(".safetensors") else None}
+        self.evaluated = {
+            "extractor": arguments.backbone,
+            "extractor_size": 96 if arguments.backbone.endswith(".safetensors") else None,
+        }
 
     def path(self, stage: str) -> str:
         """Say where a stage's run lies."""
@@ -79,9 +108,17 @@ class Stages:
         """Train on common cars."""
         text = self.text
         config = TrainConfig(
-            size=text.size, width=text.width, z_dim=z_dim, steps=steps, batch=text.batch, d_steps=text.d_steps, beta2=text.beta2,
-            augment=text.augment, report_every=text.report_every, seed=text.seed,
-        )  # fmt: skip
+            size=text.size,
+            width=text.width,
+            z_dim=z_dim,
+            steps=steps,
+            batch=text.batch,
+            d_steps=text.d_steps,
+            beta2=text.beta2,
+            augment=text.augment,
+            report_every=text.report_every,
+            seed=text.seed,
+        )
         run = {"run": self.path(stage), "allow_changes": True, "max_minutes": self.minutes_left()}
         commands.train(Train(text.data, heldout=text.heldout, config=config, **run, **self.evaluated))
         self.check_done(stage, "final", steps)
@@ -94,7 +131,9 @@ class Stages:
         )
         run = {"run": self.path(stage), "max_minutes": self.minutes_left()}
         commands.finetune(
-            Finetune(self.path(source), text.concepts, heldout=text.concepts_heldout, config=config, **run, **self.evaluated)
+            Finetune(
+                self.path(source), text.concepts, heldout=text.concepts_heldout, config=config, **run, **self.evaluated
+            )
         )
         self.check_done(stage, "final", steps)
 
@@ -106,7 +145,12 @@ class Stages:
     def encode(self, stage: str, common: str, futuristic: str, steps: int) -> None:
         """Train the encoder of the pair."""
         text = self.text
-        photos = {"data": text.data, "heldout": text.heldout, "concepts": text.concepts, "heldout_concepts": text.concepts_heldout}
+        photos = {
+            "data": text.data,
+            "heldout": text.heldout,
+            "concepts": text.concepts,
+            "heldout_concepts": text.concepts_heldout,
+        }
         config = EncoderConfig(width=32, steps=steps, seed=text.seed)
         run = {"run": self.path(stage), "max_minutes": self.minutes_left()}
         latent_commands.encode(Encode(self.path(common), self.path(futuristic), config=config, **photos, **run))

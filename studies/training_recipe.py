@@ -1,15 +1,17 @@
-"""Train the 2022 recipe, ours, and ours with one change at a time, on the same photos for the same steps; can be stopped and goes on.
+"""Train the 2022 recipe, ours, and ours with one change at a time, on the same photos for the same steps.
 
     python studies/training_recipe.py compare --data COMMON.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
-    python studies/training_recipe.py search --data COMMON.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors --seeds 0
+    python studies/training_recipe.py search --data COMMON.zip --heldout HELDOUT.zip \\
+        --backbone MOBILENET.safetensors --seeds 0
     python studies/training_recipe.py time --data COMMON.zip
 
-All runs have the same networks, batch size, generator steps and engine; what differs is in `RECIPES` and `CHANGES`. Each is measured as its
-recipe would draw: the 2022 recipe has no average and normalises by the batch, ours draws with the average and standing statistics. At the end
-the generator is measured without its average too, and at further half-lives of the average, which one run can carry side by side.
-data/records/recipe_NAME.jsonl gets a line for each run, recipe_NAME.json what all runs share, unless --record names another. `time` lets the
-recipes take turns, so that all of them meet the same load, and writes the seconds of a step to recipe_time.json.
-"""
+All runs have the same networks, batch size, generator steps and engine; what differs is in `RECIPES` and `CHANGES`.
+Each is measured as its recipe would draw: the 2022 recipe has no average and normalises by the batch, ours draws with
+the average and standing statistics. At the end the generator is measured without its average too, and at further
+half-lives of the average, which one run can carry side by side. data/records/recipe_NAME.jsonl gets a line for each
+run, recipe_NAME.json what all runs share, unless --record names another. `time` lets the recipes take turns, so that
+all of them meet the same load, and writes the seconds of a step to recipe_time.json."""
+
 import argparse
 import copy
 import itertools
@@ -33,7 +35,15 @@ from carproto.gan.sngan import Generator, measure_statistics
 from carproto.gan.trainer import Trainer
 
 ALL = "color,translation,cutout"
-OURS = {"lr_g": 5e-4, "lr_d": 1e-3, "d_steps": 2, "beta2": 0.99, "augment": "translation", "lecam_weight": 0.3, "ema_images": 10_000}
+OURS = {
+    "lr_g": 5e-4,
+    "lr_d": 1e-3,
+    "d_steps": 2,
+    "beta2": 0.99,
+    "augment": "translation",
+    "lecam_weight": 0.3,
+    "ema_images": 10_000,
+}
 OLD = {"lr_g": 5e-4, "lr_d": 2e-4, "d_steps": 2, "beta2": 0.9, "augment": ALL, "lecam_weight": 0.3}
 SEARCHED = OURS | {"d_steps": 1, "beta2": 0.9}
 RECIPES = {
@@ -129,7 +139,9 @@ def train_run(trainer: Trainer, points: list[int], by_batch: bool, evaluator: Ev
             seconds += run_step(trainer)
             emas.update()
             bar.update()
-        measured.append({"step": position, "seconds": round(seconds, 2), **measure(as_generated(trainer, by_batch), evaluator)})
+        measured.append(
+            {"step": position, "seconds": round(seconds, 2), **measure(as_generated(trainer, by_batch), evaluator)}
+        )
         bar.set_postfix(seed=trainer.config.seed, kid=f"{measured[-1].get('kid', float('nan')):.3f}")
     others = {"raw": trainer.G, **emas.selected}
     others = {str(name): measure(measure_statistics(copy.deepcopy(G)), evaluator) for name, G in others.items()}
@@ -139,8 +151,14 @@ def train_run(trainer: Trainer, points: list[int], by_batch: bool, evaluator: Ev
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=("compare", "search", "time"), help="the recipes, other settings of ours, or seconds only")
-    for option, what in {"data": "zip or folder of photos", "heldout": "of held-out ones", "backbone": "MobileNetV2 file"}.items():
+    parser.add_argument(
+        "name", choices=("compare", "search", "time"), help="the recipes, other settings of ours, or seconds only"
+    )
+    for option, what in {
+        "data": "zip or folder of photos",
+        "heldout": "of held-out ones",
+        "backbone": "MobileNetV2 file",
+    }.items():
         parser.add_argument(f"--{option}", required=option == "data", default="", help=what)
     parser.add_argument("--steps", type=int, default=600, help="generator steps of a run")
     parser.add_argument("--n_measured", type=int, default=3, help="how often a run is measured, evenly spread")
@@ -159,16 +177,24 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
 def read_config(arguments: argparse.Namespace) -> TrainConfig:
     """Return what all runs share."""
     return TrainConfig(
-        size=arguments.size, width=arguments.width, z_dim=arguments.z_dim, batch=arguments.batch, steps=arguments.steps,
-        lecam_start=arguments.steps // 6, report_every=arguments.steps,
-    )  # fmt: skip
+        size=arguments.size,
+        width=arguments.width,
+        z_dim=arguments.z_dim,
+        batch=arguments.batch,
+        steps=arguments.steps,
+        lecam_start=arguments.steps // 6,
+        report_every=arguments.steps,
+    )
 
 
 def time_recipes(arguments: argparse.Namespace, n_rounds: int = 8, n_steps: int = 5) -> None:
     """Let recipes take turns of a few steps each, LeCam acting, and write the mean seconds of a step in each round."""
     images = CarImages(arguments.data, arguments.size).images[:2000]
     config = replace(read_config(arguments), lecam_start=0)
-    trainers = {name: start_run(RECIPES[name], config, images)[0] for name in arguments.recipes or ("2022", "carproto", "one D step")}
+    trainers = {
+        name: start_run(RECIPES[name], config, images)[0]
+        for name in arguments.recipes or ("2022", "carproto", "one D step")
+    }
     seconds = {name: [] for name in trainers}
     for _ in tqdm(range(n_rounds + 1), desc="taking turns", unit="round"):
         for name, trainer in trainers.items():
@@ -192,10 +218,18 @@ def run_study(arguments: argparse.Namespace) -> Study:
     n_places = min(arguments.n_measured, arguments.steps)
     points = [round(arguments.steps * (i + 1) / n_places) for i in range(n_places)]
     images, heldout = (CarImages(path, arguments.size).images for path in (arguments.data, arguments.heldout))
-    evaluator = Evaluator(heldout, feature_extractor(arguments.backbone, size=96), train=images, n_fake=arguments.n_fake)
+    evaluator = Evaluator(
+        heldout, feature_extractor(arguments.backbone, size=96), train=images, n_fake=arguments.n_fake
+    )
     varied = {*itertools.chain.from_iterable(recipes.values()), "seed", "flips", "by_batch"}
     shared = {name: value for name, value in asdict(config).items() if name not in varied or name == "batch"}
-    settings = {"config": shared, "measured_at": points, "extractor": evaluator.extractor.name, "n_train": len(images), "n_heldout": len(heldout)}
+    settings = {
+        "config": shared,
+        "measured_at": points,
+        "extractor": evaluator.extractor.name,
+        "n_train": len(images),
+        "n_heldout": len(heldout),
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"{arguments.record or 'recipe_' + arguments.name}.jsonl"
     study = Study(path, settings | {"n_fake": arguments.n_fake, "recipes": recipes})
@@ -208,7 +242,14 @@ def run_study(arguments: argparse.Namespace) -> Study:
             bar.set_description(f"{run['recipe']}, run {i + 1} of {len(runs)}")
             trainer, by_batch = start_run(recipes[run["recipe"]], replace(config, seed=run["seed"]), images)
             fused = sorted(name for name, is_fused in trainer.fused_layers.items() if is_fused)
-            study.add({**run, "precision": trainer.precision, "fused": fused, **train_run(trainer, points, by_batch, evaluator, bar)})
+            study.add(
+                {
+                    **run,
+                    "precision": trainer.precision,
+                    "fused": fused,
+                    **train_run(trainer, points, by_batch, evaluator, bar),
+                }
+            )
     return study
 
 

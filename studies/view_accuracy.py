@@ -1,12 +1,13 @@
-"""Measure the view classifier on labelled photos, cross-validated, with and without the help of photos that have no label.
+"""Cross-validate the view classifier on labelled photos, with and without unlabelled photos.
 
-    python studies/view_accuracy.py --views views.zip --backbone mobilenet_v2.safetensors --unlabelled common.zip concept.zip
+    python studies/view_accuracy.py --views views.zip --backbone mobilenet_v2.safetensors \\
+        --unlabelled common.zip concept.zip
 
-It writes data/records/views.json. Within a run nothing is chosen by looking at the test folds: the settings are the defaults of
-`carproto.data.views`. But those defaults were found by trying some dozens of settings on the same photos, in the foldings of other seeds
-(from 10 on), so the result is a little kind. Of the unlabelled photos nothing but the pictures is used; copies of labelled photos and
-pictures that are drawn by a game are left out.
-"""
+It writes data/records/views.json. Within a run nothing is chosen by looking at the test folds: the settings are the
+defaults of `carproto.data.views`. But those defaults were found by trying some dozens of settings on the same photos,
+in the foldings of other seeds (from 10 on), so the result is a little kind. Of the unlabelled photos nothing but the
+pictures is used; copies of labelled photos and pictures that are drawn by a game are left out."""
+
 import argparse
 import time
 from pathlib import Path
@@ -18,9 +19,19 @@ from PIL import Image
 from tqdm import tqdm
 
 from carproto.data.backbone import ViewFeatureExtractor
-from carproto.data.dataset import PictureStore, read_metadata
-from carproto.data.duplicates import hash_pictures, make_thumbnails, near_duplicates
-from carproto.data.views import ViewClassifier, choose_confidence, cross_validate, evaluate_views, fit_view_head, save_view_classifier, view_features
+from carproto.data.comparison import hash_pictures, make_thumbnails
+from carproto.data.duplicates import near_duplicates
+from carproto.data.metadata import read_metadata
+from carproto.data.store import PictureStore
+from carproto.data.views import (
+    ViewClassifier,
+    choose_confidence,
+    cross_validate,
+    evaluate_views,
+    fit_view_head,
+    save_view_classifier,
+    view_features,
+)
 from carproto.images import fit_square, open_picture, to_tensor
 
 
@@ -29,11 +40,13 @@ def read_labelled(path: str) -> tuple[list, list[str]]:
     store = PictureStore(path)
     rows = read_metadata(store)
     names = [name for name in store.names if rows.get(name, {}).get("view")]
-    return [fit_square(open_picture(store.read(name)), 128, "letterbox") for name in names], [rows[name]["view"] for name in names]
+    return [fit_square(open_picture(store.read(name)), 128, "letterbox") for name in names], [
+        rows[name]["view"] for name in names
+    ]
 
 
 def read_unlabelled(path: str, n: int, seed: int, squashed: bool) -> list:
-    """Return square pictures drawn at random; squashed ones get back the shape that photos usually have before they are letterboxed."""
+    """Return random square photos; squashed ones get their usual shape back before they are letterboxed."""
     store, rng = PictureStore(path), np.random.default_rng(seed)
     rows, pictures = read_metadata(store), []
     names = [name for name in store.names if rows.get(name, {}).get("kind") != "render"]
@@ -59,7 +72,10 @@ def read_features(arguments, labelled: list) -> tuple[torch.Tensor, torch.Tensor
         return tuple(part.float() for part in torch.load(arguments.cache, weights_only=True))
     backbone, parts = ViewFeatureExtractor(arguments.backbone, arguments.size), [labelled]
     if arguments.unlabelled:
-        sets = [read_unlabelled(path, arguments.n_unlabelled, 0, not arguments.not_squashed) for path in arguments.unlabelled]
+        sets = [
+            read_unlabelled(path, arguments.n_unlabelled, 0, not arguments.not_squashed)
+            for path in arguments.unlabelled
+        ]
         parts.append(without_copies([picture for one in sets for picture in one], labelled))
     parts = [view_features(to_tensor(part), backbone, quiet=False).half() for part in parts]
     if arguments.cache:
@@ -67,14 +83,29 @@ def read_features(arguments, labelled: list) -> tuple[torch.Tensor, torch.Tensor
     return tuple(part.float() for part in [*parts, None][:2] if part is not None)
 
 
-def evaluate_seeds(features: torch.Tensor, views: list[str], unlabelled: torch.Tensor | None, copies: list, n_seeds: int) -> dict:
+def evaluate_seeds(
+    features: torch.Tensor, views: list[str], unlabelled: torch.Tensor | None, copies: list, n_seeds: int
+) -> dict:
     """Cross-validate with several seeds; return means and deviations, and the confusion summed over the seeds."""
-    chances = [cross_validate(features, views, unlabelled, copies=copies, seed=seed) for seed in tqdm(range(n_seeds), desc="seeds")]
+    chances = [
+        cross_validate(features, views, unlabelled, copies=copies, seed=seed)
+        for seed in tqdm(range(n_seeds), desc="seeds")
+    ]
     scores = [evaluate_views(part, views) for part in chances]
-    numbers = {name: {"mean": float(np.mean([g[name] for g in scores])), "sd": float(np.std([g[name] for g in scores])),
-                      "of_each_seed": [round(g[name], 4) for g in scores]} for name in ("views", "keep")}  # fmt: skip
+    numbers = {
+        name: {
+            "mean": float(np.mean([g[name] for g in scores])),
+            "sd": float(np.std([g[name] for g in scores])),
+            "of_each_seed": [round(g[name], 4) for g in scores],
+        }
+        for name in ("views", "keep")
+    }
     confidence = choose_confidence(chances[0], views, wanted=0.99)
-    return {**numbers, "confusion": np.sum([g["confusion"] for g in scores], axis=0).tolist(), "confidence_for_99": round(confidence, 4)}
+    return {
+        **numbers,
+        "confusion": np.sum([g["confusion"] for g in scores], axis=0).tolist(),
+        "confidence_for_99": round(confidence, 4),
+    }
 
 
 def main() -> None:
@@ -84,7 +115,9 @@ def main() -> None:
     parser.add_argument("--backbone", help="file of MobileNetV2 weights; none downloads torchvision's")
     parser.add_argument("--unlabelled", nargs="+", help="folders or zips of further photos, best in all views")
     parser.add_argument("--n_unlabelled", type=int, default=2000, help="photos of each of them, at most")
-    parser.add_argument("--not_squashed", action="store_true", help="the further photos have their own shape, not a squashed square's")
+    parser.add_argument(
+        "--not_squashed", action="store_true", help="the further photos have their own shape, not a squashed square's"
+    )
     parser.add_argument("--size", type=int, default=224, help="columns of pixels that the backbone sees")
     parser.add_argument("--n_seeds", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="file to keep the features in")
@@ -111,7 +144,9 @@ def main() -> None:
     if arguments.save:
         head = fit_view_head(features, views, unlabelled[0] if unlabelled else None)
         report = record["with_unlabelled" if unlabelled else "labels_only"]
-        save_view_classifier(ViewClassifier(ViewFeatureExtractor(arguments.backbone, arguments.size), head), arguments.save, report)
+        save_view_classifier(
+            ViewClassifier(ViewFeatureExtractor(arguments.backbone, arguments.size), head), arguments.save, report
+        )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def render_car(key: str, size: tuple[int, int] = (120, 80)) -> bytes:
     body = [(0.08, 0.68), (0.10, 0.5), (0.3, 0.46), (0.42, roof), (0.7, roof), (0.8, 0.47), (0.92, 0.52), (0.92, 0.68)]
     pen.polygon([(x * width, y * height) for x, y in body], fill=paint)
     pen.polygon(
-        [(x * width, y * height) for x, y in [(0.35, 0.46), (0.44, roof + 0.04), (0.68, roof + 0.04), (0.76, 0.46)]], fill=(40, 50, 60)
+        [(x * width, y * height) for x, y in [(0.35, 0.46), (0.44, roof + 0.04), (0.68, roof + 0.04), (0.76, 0.46)]],
+        fill=(40, 50, 60),
     )
     for x in (0.24, 0.7):
         pen.ellipse((x * width, 0.57 * height, x * width + 0.22 * height, 0.79 * height), fill=(15, 15, 18))
@@ -113,7 +114,7 @@ class LocalSite:
         self.server.server_close()
 
     def car_pages(self, path: str) -> str | None:
-        """Answer for a page of the catalogue, with its oddities: missing fields, repeated links, a page that has changed."""
+        """Answer for a catalogue page, with its oddities: missing fields, repeated links, a changed page."""
         link = '<li><a class="{}" href="{}">{}</a></li>'.format
         if path == "/new-cars":
             makes = [link("add-zip", f"/make/new,{make.lower()}", make) for make in CATALOGUE]
@@ -123,7 +124,8 @@ class LocalSite:
         if kind == "make":
             make = next((make for make in CATALOGUE if make.lower() == rest.removeprefix("new,")), None)
             names = [
-                f'<div class="name"><a href="/cars/{make.lower()}_{model.lower()}">{make} {model}</a><a href="#">more</a></div>'
+                f'<div class="name"><a href="/cars/{make.lower()}_{model.lower()}">{make} {model}</a>'
+                '<a href="#">more</a></div>'
                 for model in CATALOGUE.get(make, [])
             ]
             return f"<html><body>{''.join(names)}</body></html>" if make else None
@@ -178,13 +180,17 @@ class LocalSite:
         return f"<html>{title}<body>{'' if bare else crumbs + price + table}</body></html>"
 
     def photos(self, make: str, model: str, year: str) -> str:
-        """Write a photo page: escaped JSON, every photo twice; the i4 of 2019 has another page layout, the XC40 relative paths."""
+        """Write a photo page: escaped JSON, every photo twice; the i4 has another layout, the XC40 relative paths."""
         if (model, year) == ("i4", "2019"):
             return "<html><body><h1>Our new gallery</h1></body></html>"
         names = [f"{year}-{make}-{model}_{i:09d}".lower() for i in range(self.n_photos)]
         host = "" if model == "XC40" else f"{self.url}/img/"
-        links = [{name: f"{host}{name}/{photo}_{letter}.jpg" for name, (letter, _) in SIZES.items()} for photo in names + names[:2]]
-        return f"<html><body><script>var gallery = {json.dumps({'images': links}).replace('/', chr(92) + '/')};</script></body></html>"
+        links = [
+            {name: f"{host}{name}/{photo}_{letter}.jpg" for name, (letter, _) in SIZES.items()}
+            for photo in names + names[:2]
+        ]
+        gallery = json.dumps({"images": links}).replace("/", chr(92) + "/")
+        return f"<html><body><script>var gallery = {gallery};</script></body></html>"
 
     def count(self, term: str) -> int:
         """Say how many pictures a search finds."""
@@ -217,13 +223,24 @@ class LocalSite:
             for i in range((page - 1) * size, min(page * size, n_results))
         ]
         return json.dumps(
-            {"result_count": n_results, "page_count": -(-n_results // size), "page_size": size, "page": page, "results": results}
+            {
+                "result_count": n_results,
+                "page_count": -(-n_results // size),
+                "page_size": size,
+                "page": page,
+                "results": results,
+            }
         )
 
     def commons(self, query: dict) -> str:
         """Answer like the search of Wikimedia Commons, with a drawing and a page without a file among the results."""
         if "list" in query:
-            return json.dumps({"batchcomplete": True, "query": {"searchinfo": {"totalhits": self.count(query["srsearch"][0])}, "search": []}})
+            return json.dumps(
+                {
+                    "batchcomplete": True,
+                    "query": {"searchinfo": {"totalhits": self.count(query["srsearch"][0])}, "search": []},
+                }
+            )
         start, size = int(query.get("gsroffset", ["0"])[0]), int(query.get("gsrlimit", ["10"])[0])
         n_results, shift, pages = self.count(query["gsrsearch"][0]), self.shift(query["gsrsearch"][0]), []
         for i in range(start, min(start + size, n_results)):
@@ -241,7 +258,13 @@ class LocalSite:
                 },
             }
             pages.append(
-                {"pageid": 100 + i, "ns": 6, "title": f"File:Concept {i}.jpg", "index": i + 1, **({} if i == 5 else {"imageinfo": [info]})}
+                {
+                    "pageid": 100 + i,
+                    "ns": 6,
+                    "title": f"File:Concept {i}.jpg",
+                    "index": i + 1,
+                    **({} if i == 5 else {"imageinfo": [info]}),
+                }
             )
         answer = {"batchcomplete": True, **({"query": {"pages": pages[::-1]}} if pages else {})}
         if start + size < n_results:
@@ -249,24 +272,30 @@ class LocalSite:
         return json.dumps(answer)
 
     def google(self, n_results: int = 12) -> str:
-        """Write a result page like those of Google Images, escapes and thumbnails included; two more results come when one scrolls."""
+        """Write a result page like those of Google Images; two more results come when one scrolls."""
         records = []
         for i in range(n_results):
             url = f"{self.url}/pictures/go-{i}.jpg?w=1\\u0026h=2"
             thumb = f"https://encrypted-tbn0.gstatic.com/images?q\\u003dtbn:T{i}"
             records.append(
-                f'[0,"doc{i}",["{thumb}",168,300],["{url}",720,1280],null,0,"rgb(9,9,9)",null,0,{{"2000":[null,"cars.example","98KB"],'
+                f'[0,"doc{i}",["{thumb}",168,300],["{url}",720,1280],null,0,"rgb(9,9,9)",null,0,'
+                '{"2000":[null,"cars.example","98KB"],'
                 f'"2003":[null,"k{i}","{self.url}/article/{i}","Concept \\"{i}\\" \\u0026 friends",null,0]}}]'
             )
         anchor = html.escape(f"/imgres?imgurl={self.url}/pictures/go-anchor.jpg&imgrefurl={self.url}/article/a&h=1&w=2")
-        more = """
+        more = (
+            """
             let n = 0;
             addEventListener("scroll", () => {
-                if (n++ < 2) document.body.insertAdjacentHTML("beforeend", `<a href="%s"><img alt="Later car"></a><p style="height:3000px"></p>`);
+                const more = `<a href="%s"><img alt="Later car"></a><p style="height:3000px"></p>`;
+                if (n++ < 2) document.body.insertAdjacentHTML("beforeend", more);
             });
-        """ % f"/imgres?imgurl={self.url}/pictures/go-later-${{n}}.jpg&amp;imgrefurl={self.url}/article/later"
+        """
+            % f"/imgres?imgurl={self.url}/pictures/go-later-${{n}}.jpg&amp;imgrefurl={self.url}/article/later"
+        )
         return (
-            f'<html><body><script>var data = [{",".join(records)}];</script><a href="{anchor}"><img alt="Anchored car"></a>'
+            f"<html><body><script>var data = [{','.join(records)}];</script>"
+            f'<a href="{anchor}"><img alt="Anchored car"></a>'
             f'<p style="height:3000px"></p><script>{more}</script></body></html>'
         )
 
@@ -321,7 +350,10 @@ class _Handler(BaseHTTPRequestHandler):
             elif path == "/captcha/search":
                 self.reply("<html><p>Our systems have detected unusual traffic</p></html>", "text/html", 429)
             elif path == "/consent/search":
-                self.reply("<html><h1>Before you continue to Google</h1><form action='//consent.google.com/s'></form></html>", "text/html")
+                self.reply(
+                    "<html><h1>Before you continue to Google</h1><form action='//consent.google.com/s'></form></html>",
+                    "text/html",
+                )
             elif path == "/recipe/search":
                 self.reply("<html>Take two eggs</html>", "text/html")
             else:

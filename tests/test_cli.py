@@ -1,4 +1,5 @@
 """The command `carproto`: most cases through `main` in this process, a few as installed, with real interrupts."""
+
 import inspect
 import json
 import os
@@ -72,14 +73,17 @@ def test_help_needs_less_than_a_second(tmp_path):
 
 
 def test_help_of_every_command_needs_no_torch(tmp_path):
-    done = subprocess.run([sys.executable, "-c", HELP, *COMMANDS], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", HELP, *COMMANDS], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr[-800:]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_says_what_it_is(name):
     """The comment of a field is the help of its option; it says what None means."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(COMMANDS[name]), re.MULTILINE))
+    source = "".join(inspect.getsource(kind) for kind in COMMANDS[name].__mro__[:-1])  # without object
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
     for option in fields(COMMANDS[name]):
         if option.name not in ("config", "plan", "refine"):
             assert option.name in comments, f"--{option.name} has no help"
@@ -187,13 +191,17 @@ def test_interrupt_leaves_a_resumable_run(cars, tmp_path):
 
 
 def test_a_killed_run_ends_like_an_undisturbed_one(cars, tmp_path):
-    """One process is killed; the undisturbed run and the resumed one have a process of their own, as the killed one had."""
+    """One process is killed; the undisturbed run and the resumed one have their own, as it had."""
     from safetensors.torch import load_file
 
     line = ["train", "--data", str(cars), "--steps", "400", *TINY[:-1], "40"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [CARPROTO, *line, "--run", "killed"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [CARPROTO, *line, "--run", "killed"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("killed/checkpoints/*.pt")) and process.poll() is None and time.monotonic() < deadline:

@@ -1,9 +1,9 @@
-"""The tutorials on a machine like Colab's: carproto is not installed yet, ipywidgets is of version 7, Drive is refused, and there is no GPU.
+"""The tutorials on a machine like Colab's: no carproto yet, ipywidgets 7, no Drive, no GPU.
 
-The cells run in a kernel of their own, the setup cells among them, with a copy of this tree in place of GitHub and a temporary folder in place of
-/content. ipywidgets 7.7 is fetched once and kept in the temporary folder of this machine. Where it cannot be fetched the tests are skipped, except
-where CI is set: there they fail.
-"""
+The cells run in a kernel of their own, the setup cells among them, with a copy of this tree in place of GitHub and a
+temporary folder in place of /content. ipywidgets 7.7 is fetched once and kept in the temporary folder of this
+machine. Where it cannot be fetched the tests are skipped, except where CI is set: there they fail."""
+
 import os
 import re
 import shutil
@@ -130,7 +130,19 @@ def widgets() -> Path:
     folder = Path(tempfile.gettempdir()) / "carproto-{}".format(WIDGETS[0].replace("==", "-"))
     if not (folder / "ipywidgets").exists():
         fresh = Path(tempfile.mkdtemp())
-        line = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--retries", "1", "--target", fresh, *WIDGETS]
+        line = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--retries",
+            "1",
+            "--target",
+            fresh,
+            *WIDGETS,
+        ]
         done = subprocess.run(line, capture_output=True, text=True, timeout=300)
         if done.returncode:
             missing = f"{WIDGETS[0]} cannot be fetched: {done.stderr[-500:]}"
@@ -142,15 +154,17 @@ def widgets() -> Path:
 
 @pytest.fixture
 def machine(widgets, tmp_path) -> Path:
-    """A Python that has all packages of this one, but ipywidgets 7 and no carproto; and a place with a copy of this tree to clone."""
+    """A Python with the packages of this one, but ipywidgets 7 and no carproto; and a copy of this tree to clone."""
     venv.create(tmp_path / "python", with_pip=False, symlinks=True)
     for part in PARTS:
         target = tmp_path / "upstream" / part
         target.parent.mkdir(exist_ok=True)
         ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints", "records")
-        shutil.copytree(ROOT / part, target, ignore=ignore) if (ROOT / part).is_dir() else shutil.copy(ROOT / part, target)
-    own_part, = (tmp_path / "python").glob("lib/python*/site-packages")
-    # a path in a .pth file counts after the folder that it is in; .pth files of that path, such as the one that shows carproto, are not read
+        shutil.copytree(ROOT / part, target, ignore=ignore) if (ROOT / part).is_dir() else shutil.copy(
+            ROOT / part, target
+        )
+    (own_part,) = (tmp_path / "python").glob("lib/python*/site-packages")
+    # a path in a .pth file counts after its folder; .pth files of that path, such as carproto's own, are not read
     (own_part / "shared.pth").write_text(f"{widgets}\n{sysconfig.get_paths()['purelib']}\n")
     (tmp_path / "content").mkdir()
     return tmp_path
@@ -159,21 +173,32 @@ def machine(widgets, tmp_path) -> Path:
 def find_code(tutorial: str, machine: Path, word: str = "") -> list[str]:
     """Read the code cells of a tutorial, or those with a word in them; its places are moved to the machine."""
     book = nbformat.read(ROOT / "nbs" / "tutorials" / tutorial, as_version=4)
-    return [cell.source.replace("/content", f"{machine}/content") for cell in book.cells if cell.cell_type == "code" and word in cell.source]
+    return [
+        cell.source.replace("/content", f"{machine}/content")
+        for cell in book.cells
+        if cell.cell_type == "code" and word in cell.source
+    ]
 
 
 def cells_of(tutorial: str, machine: Path) -> list[str]:
     """Take the cells that a reader runs: the setup cell first, and then what is not `eval: false`."""
-    setup, = find_code(tutorial, machine, "git clone")
-    clone, = re.findall(r"!git clone .*", setup)
-    setup = setup.replace(clone, f"!cp -r {machine}/upstream carproto").replace("%pip install -q", "%pip install -q --no-index --no-build-isolation")
-    return [setup, *(cell for cell in find_code(tutorial, machine) if not SKIPPED.search(cell) and "import nbdev" not in cell)]
+    (setup,) = find_code(tutorial, machine, "git clone")
+    (clone,) = re.findall(r"!git clone .*", setup)
+    setup = setup.replace(clone, f"!cp -r {machine}/upstream carproto").replace(
+        "%pip install -q", "%pip install -q --no-index --no-build-isolation"
+    )
+    return [
+        setup,
+        *(cell for cell in find_code(tutorial, machine) if not SKIPPED.search(cell) and "import nbdev" not in cell),
+    ]
 
 
 def run_cells(cells: list[str], machine: Path) -> str:
     """Run cells in a kernel of the machine; return what they printed."""
     path = machine / "cells.ipynb"
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in cells]), path)
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source.strip()) for source in cells]), path
+    )
     points = {"HOME": str(machine), "CARPROTO_CACHE": str(machine / "cache"), "JUPYTER_PATH": "", "MPLBACKEND": "agg"}
     environment = {**os.environ, **points, "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("PYTHONPATH", None)
@@ -193,11 +218,15 @@ def test_quickstart_and_panels(machine):
 
 
 def test_your_cars(machine):
-    """The whole way in a folder of its own, since Drive is refused, with photos from a local web; then again from the top on an empty disk."""
+    """All stages in a folder of its own, with photos from a local web; then again from the top on an empty disk."""
     setup, *cells = cells_of("02_your_cars.ipynb", machine)
     position = next(i for i, cell in enumerate(cells) if "def sort_photos" in cell)
     with LocalSite() as site:
-        scraping = [LOCAL_WEB.format(url=site.url), find_code("02_your_cars.ipynb", machine, "scrape(Scrape(")[0], SCRAPED]
+        scraping = [
+            LOCAL_WEB.format(url=site.url),
+            find_code("02_your_cars.ipynb", machine, "scrape(Scrape(")[0],
+            SCRAPED,
+        ]
         again = ["shutil.rmtree(disk)", *cells, IS_COLAB.format(content=str(machine / "content"))]
         text = run_cells([AS_IN_COLAB, setup, *cells[:position], *scraping, *cells[position:], *again], machine)
     assert text.count("going on without Drive (mount failed)") == 2

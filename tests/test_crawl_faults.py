@@ -23,7 +23,7 @@ for name in ("requests", "protego", "selectolax"):
     pytest.importorskip(name)
 
 from carproto.config import CarprotoError  # noqa: E402
-from carproto.files import read_json_lines  # noqa: E402
+from carproto.json_lines import read_json_lines  # noqa: E402
 from carproto.scrape.catalogue import crawl_car_connection, parse_links, parse_photos, parse_specs  # noqa: E402
 from carproto.scrape.crawl import crawl  # noqa: E402
 from carproto.scrape.data_card import export_url_list, write_data_card  # noqa: E402
@@ -320,12 +320,21 @@ def test_every_address_is_accounted_for(site, tmp_path):
     site.tried.clear()
     site.log.clear()
     host = f"HTTP://127.0.0.1:{site.port}"
-    spellings = ["pictures/a.jpg", "/pictures/../pictures/a.jpg#x", "/pictures/%61.jpg", f"{host}/x/%2e%2e/pictures/a.jpg"]
-    good = [f"/pictures/{i}.jpg" for i in range(6)] + [f"/faults/{fault}" for fault in ("twice-500.jpg", "wrong-type.jpg", "busy.jpg")]
+    spellings = [
+        "pictures/a.jpg",
+        "/pictures/../pictures/a.jpg#x",
+        "/pictures/%61.jpg",
+        f"{host}/x/%2e%2e/pictures/a.jpg",
+    ]
+    good = [f"/pictures/{i}.jpg" for i in range(6)] + [
+        f"/faults/{fault}" for fault in ("twice-500.jpg", "wrong-type.jpg", "busy.jpg")
+    ]
     good += ["/pictures/t%20%C3%BC.jpg"]
     escaped = ["/pictures/t ü.jpg", "/pictures/t%20%c3%bc.jpg"]
     bad = {f"/faults/{fault}": expected for fault, expected in BAD.items() if fault != "away.jpg"}
-    bad |= {f"/faults/{fault}": ("no answer in time", False) for fault in SLOW} | {"/a/../private/1.jpg": ("robots.txt", True)}
+    bad |= {f"/faults/{fault}": ("no answer in time", False) for fault in SLOW} | {
+        "/a/../private/1.jpg": ("robots.txt", True)
+    }
     records = [PhotoRecord(url, page=f"{site.url}/", licence="CC0") for url in [*spellings, *good, *escaped, *bad]]
     records += [PhotoRecord("", page=f"{site.url}/nameless"), PhotoRecord("ftp://a.example/1.jpg")]
     records.append(FetchError("no photos on the page", f"{site.url}/p"))
@@ -337,16 +346,27 @@ def test_every_address_is_accounted_for(site, tmp_path):
     assert site.log["/pictures/a.jpg"] == site.log["/pictures/t%20%C3%BC.jpg"] == 1 and "/private/1.jpg" not in site.log
     for row in rows.values():
         content = (tmp_path / "cars" / row["file_name"]).read_bytes()
-        assert sha256(content).hexdigest() == row["sha256"] and len(content) == row["bytes"] and row["licence"] == "CC0" and row["page"]
+        assert (
+            sha256(content).hexdigest() == row["sha256"]
+            and len(content) == row["bytes"]
+            and row["licence"] == "CC0"
+            and row["page"]
+        )
     errors = {row["url"].removeprefix(site.url): row for row in read_json_lines(tmp_path / "cars" / "errors.jsonl")[0]}
     bad["/private/1.jpg"] = bad.pop("/a/../private/1.jpg")
-    assert set(errors) == {*bad, "/nameless", "ftp://a.example/1.jpg", "/p"} and sum(summary.failed.values()) == len(errors)
+    assert set(errors) == {*bad, "/nameless", "ftp://a.example/1.jpg", "/p"} and sum(summary.failed.values()) == len(
+        errors
+    )
     assert {url: (expected[0] in errors[url]["reason"], errors[url]["permanent"]) for url, expected in bad.items()} == {
         url: (True, e[1]) for url, e in bad.items()
     }
     site.log.clear()
     again = crawl(records, tmp_path / "cars", hasty(retries=0), quiet=True)
-    assert again.saved == 0 and again.known == len(rows) and again.given_up == sum(permanent for _, permanent in bad.values())
+    assert (
+        again.saved == 0
+        and again.known == len(rows)
+        and again.given_up == sum(permanent for _, permanent in bad.values())
+    )
     assert set(site.log) == {"/robots.txt"} | {url for url, (_, permanent) in bad.items() if not permanent}
     assert f"CC0 | {len(rows)}" in write_data_card(tmp_path / "cars").read_text()
 
@@ -436,7 +456,10 @@ def test_a_search_without_end_ends(monkeypatch):
 
 
 def test_half_characters_do_no_harm(site, tmp_path):
-    records = [PhotoRecord(f"{site.url}/pictures/half.jpg", title="car \ud83d", page="\udc80"), PhotoRecord(f"{site.url}/\ud800.jpg")]
+    records = [
+        PhotoRecord(f"{site.url}/pictures/half.jpg", title="car \ud83d", page="\udc80"),
+        PhotoRecord(f"{site.url}/\ud800.jpg"),
+    ]
     for known in (0, 1):
         summary = crawl(records, tmp_path / "cars", hasty(), quiet=True)
         assert (summary.saved, summary.known) == (1 - known, known) and summary.n_failed + summary.given_up == 1
@@ -527,7 +550,9 @@ def test_pictures_that_a_power_cut_shortened_are_fetched_anew(site, tmp_path):
 
 
 def test_the_bar_tells_rate_errors_and_time_left(site, tmp_path, capsys):
-    records = [PhotoRecord(f"{site.url}/pictures/bar-{i}.jpg") for i in range(8)] + [PhotoRecord(f"{site.url}/faults/gone.jpg")]
+    records = [PhotoRecord(f"{site.url}/pictures/bar-{i}.jpg") for i in range(8)] + [
+        PhotoRecord(f"{site.url}/faults/gone.jpg")
+    ]
     crawl(records, tmp_path / "cars", hasty(delay=0.1))
     bars = capsys.readouterr().err.split("\r")
     assert "9/9" in bars[-1] and "errors=1" in bars[-1]
@@ -538,7 +563,13 @@ def damage(value, dice: random.Random):
     """Change one thing in an answer: a field goes, or becomes something else."""
     if isinstance(value, str):
         cut = sorted(dice.randrange(len(value) + 1) for _ in range(2))
-        return dice.choice([value[: cut[0]] + value[cut[1] :], value[: cut[1]], value[: cut[0]] + dice.choice('"<\\\0[{') + value[cut[0] :]])
+        return dice.choice(
+            [
+                value[: cut[0]] + value[cut[1] :],
+                value[: cut[1]],
+                value[: cut[0]] + dice.choice('"<\\\0[{') + value[cut[0] :],
+            ]
+        )
     if not isinstance(value, (dict, list)) or not value or dice.random() < 0.1:
         return dice.choice([None, "", 7, [], {}, [None], "text", {"a": 1}])
     value = value.copy()
@@ -552,7 +583,9 @@ def damage(value, dice: random.Random):
 
 def test_parsers_survive_damaged_pages(site):
     dice = random.Random(0)
-    pages = [site.car_pages(path) for path in ("/specifications/audi_a4_2020", "/photos/audi_a4_2020", "/new-cars")] + [site.google()]
+    pages = [site.car_pages(path) for path in ("/specifications/audi_a4_2020", "/photos/audi_a4_2020", "/new-cars")] + [
+        site.google()
+    ]
     for _ in range(300):
         page = damage(dice.choice(pages), dice)
         parse_specs(page), parse_photos(page), parse_links(page, site.url, "a.add-zip")
@@ -560,7 +593,10 @@ def test_parsers_survive_damaged_pages(site):
             assert all(record.url for record in parse_google(page))
         except FetchError:
             pass
-    answers = {search_commons: json.loads(site.commons({"gsrsearch": ["car"]})), search_openverse: json.loads(site.openverse({"q": ["car"]}))}
+    answers = {
+        search_commons: json.loads(site.commons({"gsrsearch": ["car"]})),
+        search_openverse: json.loads(site.openverse({"q": ["car"]})),
+    }
     n_parsed = 0
     for _ in range(300):
         search, answer = dice.choice(list(answers.items()))
@@ -585,7 +621,11 @@ def test_ten_thousand_links_are_read_at_once():
 
 def test_ten_thousand_links_become_each_picture_once(site, tmp_path):
     names = [f"lot-{i}" for i in range(300)]
-    links = [f"{site.url}/img/{name}/{photo}_{letter}.jpg" for photo in names for name, letter in zip(("sml", "med", "lrg"), "sml")]
+    links = [
+        f"{site.url}/img/{name}/{photo}_{letter}.jpg"
+        for photo in names
+        for name, letter in zip(("sml", "med", "lrg"), "sml")
+    ]
     page = json.dumps((links * 12)[:10_000]).replace("/", "\\/")
     site.log.clear()
     results = parse_photos(page, "small")
@@ -628,7 +668,8 @@ for line in sys.stdin:
     child = os.fork()
     if not child:
         fetcher = Fetcher(delay=0.002, cache_dir=folder + "/.cache", allow_private=True)
-        crawl_car_connection(folder, picture_size="small", base_url=url, image_url=url + "/img/", fetcher=fetcher, quiet=True)
+        addresses = {"base_url": url, "image_url": f"{url}/img/"}
+        crawl_car_connection(folder, picture_size="small", fetcher=fetcher, quiet=True, **addresses)
         os._exit(0)
     print(child, flush=True)
     sys.stdin.readline()
@@ -641,11 +682,15 @@ def test_kill_nine_changes_nothing(tmp_path):
     with LocalSite(n_photos=4) as site:
         folder, whole = tmp_path / "cars", tmp_path / "undisturbed"
         parent = subprocess.Popen(
-            [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+            [sys.executable, "-c", PARENT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
         )
 
         def run(target: Path, kill_after: int | None, disturb=None) -> int:
-            "Exit status of one crawl, killed at a random moment after `kill_after` requests; it stands still while `disturb` is called"
+            "Exit status of one crawl, killed after `kill_after` requests; it stands still while `disturb` is called"
             n_before = sum(site.log.values())
             parent.stdin.write(json.dumps([str(target), site.url]) + "\n")
             parent.stdin.flush()
@@ -673,7 +718,11 @@ def test_kill_nine_changes_nothing(tmp_path):
         for _ in range(10):
             assert run(folder, dice.randint(0, 6)) == -signal.SIGKILL
             images = {path.stem for path in folder.glob("images/*") if not path.name.startswith(".")}
-            pages = {json.loads(path.read_text())["url"] for path in folder.glob(".cache/*.json") if not path.name.startswith(".")}
+            pages = {
+                json.loads(path.read_text())["url"]
+                for path in folder.glob(".cache/*.json")
+                if not path.name.startswith(".")
+            }
             for path, n_asked in list(site.log.items()):
                 if site.url + path in pages or sha256((site.url + path).encode()).hexdigest()[:24] in images:
                     assert settled.setdefault(path, n_asked) == n_asked, f"{path} was fetched again"
@@ -686,7 +735,10 @@ def test_kill_nine_changes_nothing(tmp_path):
         assert len(rows) == 68 and rows == expected
         assert all(sha256((folder / row["file_name"]).read_bytes()).hexdigest() == row["sha256"] for row in rows)
         assert {path.name for path in (folder / "images").iterdir()} == {Path(row["file_name"]).name for row in rows}
-        errors = [[(row["url"], row["reason"]) for row in read_json_lines(target / "errors.jsonl")[0]] for target in (folder, whole)]
+        errors = [
+            [(row["url"], row["reason"]) for row in read_json_lines(target / "errors.jsonl")[0]]
+            for target in (folder, whole)
+        ]
         assert errors[0] == errors[1] and len(errors[0]) == 2
 
 
@@ -707,7 +759,12 @@ def test_an_interrupt_stops_soon_and_can_be_resumed(site, tmp_path):
 
 def test_pages_survive_a_dead_photo_server(site, tmp_path):
     summary = crawl_car_connection(
-        tmp_path / "cars", makes=["Volvo"], base_url=site.url, image_url="http://127.0.0.1:9/", fetcher=hasty(retries=0), quiet=True
+        tmp_path / "cars",
+        makes=["Volvo"],
+        base_url=site.url,
+        image_url="http://127.0.0.1:9/",
+        fetcher=hasty(retries=0),
+        quiet=True,
     )
     assert summary.saved == 0 and sum(summary.failed.values()) == 12
     assert read_manifest(tmp_path / "cars") == []
@@ -732,15 +789,36 @@ def test_scrape_and_curate_as_console_commands(site, tmp_path):
 
     site.agents.clear()
     points = ["--base_url", site.url, "--image_url", f"{site.url}/img/", "--delay", "0"]
-    line = ["scrape", "car-connection", "--folder", "cars", "--makes", "Audi", "BMW", "--contact", "me@example.org", *points]
+    line = [
+        "scrape",
+        "car-connection",
+        "--folder",
+        "cars",
+        "--makes",
+        "Audi",
+        "BMW",
+        "--contact",
+        "me@example.org",
+        *points,
+    ]
     printed = run(*line, "--url_list", "cars.csv")
-    assert "32 new pictures" in printed and "img2dataset --url_list cars.csv" in printed and "carproto curate cars" in printed
-    assert "Audi | 24" in (tmp_path / "cars" / "DATA_CARD.md").read_text() and all("me@example.org" in agent for agent in site.agents)
+    assert (
+        "32 new pictures" in printed
+        and "img2dataset --url_list cars.csv" in printed
+        and "carproto curate cars" in printed
+    )
+    assert "Audi | 24" in (tmp_path / "cars" / "DATA_CARD.md").read_text() and all(
+        "me@example.org" in agent for agent in site.agents
+    )
     assert len((tmp_path / "cars.csv").read_text().splitlines()) == 1 + 32
     urls = {row["url"] for row in read_manifest(tmp_path / "cars")}
     assert run("curate", "cars")
     rows = read_manifest(tmp_path / "cars")
-    assert len(rows) == 32 and {row["url"] for row in rows} == urls and all(isinstance(row["keep"], bool) and row["sha256"] for row in rows)
+    assert (
+        len(rows) == 32
+        and {row["url"] for row in rows} == urls
+        and all(isinstance(row["keep"], bool) and row["sha256"] for row in rows)
+    )
     assert "| kept |" in write_data_card(tmp_path / "cars").read_text()
 
 
@@ -749,7 +827,9 @@ def test_scrape_searches_and_lists(site, tmp_path, capsys):
     assert scrape(*search, "--folder", tmp_path / "found", "--limit", 30) == 0
     rows = read_manifest(tmp_path / "found")
     assert len(rows) == 30 and {row["query"] for row in rows} == {"concept car", "car of tomorrow"}
-    assert {row["source"] for row in rows} == {"Wikimedia Commons", "Openverse (flickr)"} and all(row["licence"] and row["author"] for row in rows)
+    assert {row["source"] for row in rows} == {"Wikimedia Commons", "Openverse (flickr)"} and all(
+        row["licence"] and row["author"] for row in rows
+    )
     asked = site.log.copy()
     addresses = tmp_path / "list.jsonl"
     assert scrape(*search, "--folder", tmp_path / "listed", "--limit", 8, "--list_only", "--url_list", addresses) == 0
@@ -797,7 +877,7 @@ def test_a_page_in_the_browser_reaches_no_neighbour():
         site.car_pages, site.elsewhere = pages.get, f"{neighbour.url}/redirect"
         allowed = find_private([site.url])
         page = render_page(f"{site.url}/pry", browser=CHROMIUM, allowed=allowed)
-        assert "script: <b id=\"b\">200</b>" in page, "what is exempt is reached"
+        assert 'script: <b id="b">200</b>' in page, "what is exempt is reached"
         assert site.log["/faults/other-port.jpg"] == 1 and not neighbour.log
         with pytest.raises(FetchError, match="private network"):
             render_page(f"{site.url}/pry", browser=CHROMIUM)
@@ -833,8 +913,15 @@ def test_the_browser_runs_in_its_sandbox_where_there_is_one():
 
 
 def test_google_says_no_in_many_ways(site):
-    pages = {name: hasty(retries=0, delay=0)._session.get(f"{site.url}/{name}/search").text for name in ("captcha", "consent", "recipe")}
-    for name, meaning in {"captcha": "asks for a captcha", "consent": "consent to cookies", "recipe": "its form has changed"}.items():
+    pages = {
+        name: hasty(retries=0, delay=0)._session.get(f"{site.url}/{name}/search").text
+        for name in ("captcha", "consent", "recipe")
+    }
+    for name, meaning in {
+        "captcha": "asks for a captcha",
+        "consent": "consent to cookies",
+        "recipe": "its form has changed",
+    }.items():
         with pytest.raises(FetchError, match=meaning):
             parse_google(pages[name])
     with pytest.raises(CarprotoError, match="answered 429; save the result page"):

@@ -137,14 +137,28 @@ def test_each_verdict_goes_to_the_nearest_manifest(cars):
     inner.mkdir()
     for i, name in enumerate(("c.png", "d.png")):
         (inner / name).write_bytes((cars / "images" / f"toy_00000{i}.png").read_bytes())
-    (inner / "metadata.jsonl").write_bytes(b'\xef\xbb\xbf{"file_name": "c.png", "make": "Near", "keep": false, "reasons": ["old"]}\n')
+    (inner / "metadata.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"file_name": "c.png", "make": "Near", "keep": false, "reasons": ["old"]}\n'
+    )
     with open(cars / "metadata.jsonl", "a") as manifest:
         manifest.write('{"file_name": "more/c.png", "make": "Far", "view": "left", "keep": true}\n')
     rows = {row["file_name"]: row for row in curate(cars, quiet=True)}
-    assert (rows["more/c.png"]["make"], rows["more/c.png"]["view"], rows["more/c.png"]["keep"]) == ("Near", "left", False)
+    assert (rows["more/c.png"]["make"], rows["more/c.png"]["view"], rows["more/c.png"]["keep"]) == (
+        "Near",
+        "left",
+        False,
+    )
     near = {row["file_name"]: row for row in lines(inner)}
-    assert set(near) == {"c.png", "d.png"} and "view" not in near["c.png"] and near["c.png"]["copy_of"] == "images/toy_000000.png"
-    assert {row["file_name"]: row for row in lines(cars)}["more/c.png"] == {"file_name": "more/c.png", "make": "Far", "view": "left"}
+    assert (
+        set(near) == {"c.png", "d.png"}
+        and "view" not in near["c.png"]
+        and near["c.png"]["copy_of"] == "images/toy_000000.png"
+    )
+    assert {row["file_name"]: row for row in lines(cars)}["more/c.png"] == {
+        "file_name": "more/c.png",
+        "make": "Far",
+        "view": "left",
+    }
     assert len(CarImages(cars, 32, cache=False, progress=False)) == 40
     assert curate(cars, quiet=True) == list(rows.values())
     assert undo_curation(cars) == 43 and not any("keep" in row for row in lines(inner) + lines(cars))
@@ -158,9 +172,15 @@ def test_odd_names_titles_and_lines_do_not_stop_a_curation(cars):
     if sys.platform == "linux":
         Path(os.fsdecode(os.fsencode(cars) + b"/images/caf\xe9.png")).write_bytes(content)
     manifest = cars / "metadata.jsonl"
-    rows = [{"file_name": "images/toy_000002.png", "title": "a\u2028b\x85c \ud83d"}, {"file_name": 5}, {"file_name": "../../x", "reasons": 3}]
+    rows = [
+        {"file_name": "images/toy_000002.png", "title": "a\u2028b\x85c \ud83d"},
+        {"file_name": 5},
+        {"file_name": "../../x", "reasons": 3},
+    ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    manifest.write_bytes(b"\xef\xbb\xbf" + manifest.read_bytes() + text.encode("utf-8", "surrogatepass") + b'{"a":' * 99_999)
+    manifest.write_bytes(
+        b"\xef\xbb\xbf" + manifest.read_bytes() + text.encode("utf-8", "surrogatepass") + b'{"a":' * 99_999
+    )
     with pytest.warns(UserWarning, match="2 broken lines"):
         verdicts = {row["file_name"]: row for row in curate(cars, quiet=True)}
     assert verdicts["images/toy_000002.png"]["title"].startswith("a\u2028b\x85c ")
@@ -192,7 +212,9 @@ def test_large_pictures_keep_their_true_size_and_the_largest_copy_stays(cars):
 
 def test_a_sheet_opens_only_files_of_the_folder(cars):
     (cars.parent / "secret.png").write_bytes((cars / "images" / "toy_000001.png").read_bytes())
-    rows = [{"file_name": name, "reasons": ["blurred"]} for name in ("../secret.png", "/dev/zero", "images/toy_000001.png")]
+    rows = [
+        {"file_name": name, "reasons": ["blurred"]} for name in ("../secret.png", "/dev/zero", "images/toy_000001.png")
+    ]
     sheet = contact_sheet(cars, rows)
     grey = sum(pixel == (192, 192, 192) for pixel in sheet.convert("RGB").get_flattened_data())
     assert 2 * 96 * 96 <= grey < 3 * 96 * 96

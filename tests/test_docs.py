@@ -1,4 +1,5 @@
-"""The documentation as nbdev makes it, before Quarto draws it: every page is there, every link leads somewhere, every public name is told."""
+"""The documentation as nbdev makes it, before Quarto: every page, every link, every public name."""
+
 import ast
 import json
 import os
@@ -73,7 +74,11 @@ def read_page(path: Path) -> Page:
             text.append(source)
         for results in cell.get("outputs", []):
             data = results.get("data", {})
-            everything += ["".join(value) for kind, value in [*data.items(), ("text", results.get("text", ""))] if not kind.startswith("image/")]
+            everything += [
+                "".join(value)
+                for kind, value in [*data.items(), ("text", results.get("text", ""))]
+                if not kind.startswith("image/")
+            ]
             prose += ["".join(data[kind]) for kind in ("text/markdown", "text/html") if kind in data]
     return Page(drop_code("\n\n".join(prose)), "\n".join(everything), drop_fences("\n\n".join(text)), output)
 
@@ -85,7 +90,12 @@ def drop_fences(markdown: str) -> str:
 
 def drop_code(markdown: str) -> str:
     """Leave out code, whose brackets are no links; the ticks in headings and around names that are links go alone."""
-    text = re.sub(r"^#+ .*$|\[`[^`\n]+`\](?=\()", lambda match: match[0].replace("`", ""), drop_fences(markdown), flags=re.MULTILINE)
+    text = re.sub(
+        r"^#+ .*$|\[`[^`\n]+`\](?=\()",
+        lambda match: match[0].replace("`", ""),
+        drop_fences(markdown),
+        flags=re.MULTILINE,
+    )
     return re.sub(r"`[^`\n]+`", "", text)
 
 
@@ -99,7 +109,9 @@ def find_dead_links(pages: dict[str, Page], folder: Path, repository: Path) -> l
             if target.startswith(SITE):
                 results = by_output.get(target.removeprefix(SITE).strip("/") or "index.html")
                 has_entry = not any(part.startswith("_") for part in anchor.split("."))  # only public names have one
-                anchors = set() if results is None else results.anchors | {to_anchor(heading) for heading in results.anchors}
+                anchors = (
+                    set() if results is None else results.anchors | {to_anchor(heading) for heading in results.anchors}
+                )
                 if results is None or (anchor and has_entry and anchor not in anchors):
                     dead.append(f"{name}: {link}")
             elif target.startswith((REPOSITORY, COLAB)):
@@ -115,18 +127,26 @@ def find_dead_links(pages: dict[str, Page], folder: Path, repository: Path) -> l
 
 
 def public_names(module: Path) -> tuple[list[str], list[str]]:
-    """Read what a module offers: functions and classes, of which nbdev makes entries, and constants without a comment, which need prose."""
+    """Read what a module offers: functions and classes, which get entries, and constants that need prose."""
     source = module.read_text(encoding="utf-8")
     tree = ast.parse(source)
-    defined = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))}
-    offered = next(ast.literal_eval(node.value) for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "__all__")
+    defined = {
+        node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef))
+    }
+    offered = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
+    )
     commented = set(re.findall(r"^(\w+)(?:, \w+)*(?:: [^=]+)? = .*#", source, re.MULTILINE))
-    commented |= {name for names in re.findall(r"^(\w+(?:, \w+)+) = .*#", source, re.MULTILINE) for name in names.split(", ")}
+    commented |= {
+        name for names in re.findall(r"^(\w+(?:, \w+)+) = .*#", source, re.MULTILINE) for name in names.split(", ")
+    }
     return [name for name in offered if name in defined], [name for name in offered if name not in defined | commented]
 
 
 def find_untold(modules: list[Path], pages: dict[str, Page]) -> list[str]:
-    """List public names, as module.name, that their page does not tell: that have no entry, or stand nowhere in the prose."""
+    """List public names, as module.name, that have no entry on their page and stand nowhere in its prose."""
     by_output, untold = {}, []
     for name, page in pages.items():
         by_output[re.sub(r"^\d+_", "", PurePosixPath(name).parent.name), page.output] = page
@@ -150,7 +170,12 @@ def docs(tmp_path_factory) -> tuple[Path, str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copytree(source, target, ignore=SCRATCH) if source.is_dir() else shutil.copy(source, target)
     (tree / "process.py").write_text(PROCESS)
-    environment = {**os.environ, "XDG_CONFIG_HOME": str(tree.parent / "no-config"), "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(tree)}
+    environment = {
+        **os.environ,
+        "XDG_CONFIG_HOME": str(tree.parent / "no-config"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": str(tree),
+    }
     workers, start = str(min(2, os.cpu_count() or 1)), time.monotonic()
     line = [sys.executable, "process.py", workers]
     done = subprocess.run(line, cwd=tree, env=environment, capture_output=True, text=True, timeout=900)
@@ -179,7 +204,11 @@ def test_every_notebook_becomes_a_page(docs, pages):
 def test_pages_show_prose_and_reference_but_no_exported_code(docs, pages):
     core = next(page for name, page in pages.items() if name.startswith("0_base/") and name.endswith("_core.ipynb"))
     assert core.output == "core.html" and "seeded" in core.all_text and "#| export" not in core.all_text
-    stored = [path for path in (docs[0] / "_proc").rglob("*.ipynb") if re.search(r'"output_type":\s*"error"', path.read_text(encoding="utf-8"))]
+    stored = [
+        path
+        for path in (docs[0] / "_proc").rglob("*.ipynb")
+        if re.search(r'"output_type":\s*"error"', path.read_text(encoding="utf-8"))
+    ]
     assert not stored, f"show an error: {[path.name for path in stored]}"
 
 
@@ -190,7 +219,9 @@ def test_links_pictures_and_anchors_lead_somewhere(docs, pages):
 
 def test_every_public_name_is_on_its_page(docs, pages):
     modules = sorted((docs[0] / "carproto").rglob("[a-z]*.py"))
-    assert len(modules) > 30 and not (untold := find_untold(modules, pages)), f"have no entry, or no word in the prose: {untold}"
+    assert len(modules) > 30 and not (untold := find_untold(modules, pages)), (
+        f"have no entry, or no word in the prose: {untold}"
+    )
 
 
 def test_sidebar_and_settings_name_what_is_there(docs, pages):
@@ -208,7 +239,8 @@ def test_sidebar_and_settings_name_what_is_there(docs, pages):
 
 def test_planted_mistakes_are_seen(tmp_path):
     """A missing page, place, picture and file, one of each kind of link; and what is right is left alone."""
-    good = "# A\n\n## What is *new*\n\n### `Thing.__call__`\n\n[a](a.ipynb#what-is-new) [b](#thing.call) `[not](a-link)` [x](https://x.org/y#z)"
+    good = "# A\n\n## What is *new*\n\n### `Thing.__call__`\n\n"
+    good += "[a](a.ipynb#what-is-new) [b](#thing.call) `[not](a-link)` [x](https://x.org/y#z)"
     good += f" [s]({SITE}/a.html#what-is-new) [f]({REPOSITORY}/blob/main/file.py#L3) ![p](p.jpg)"
     bad = ["none.ipynb", "a.ipynb#old", "#old", "q.jpg", f"{SITE}/b.html", f"{SITE}/a.html#old"]
     bad += [f"{REPOSITORY}/blob/main/none.py", f"{COLAB}none.ipynb"]
@@ -224,9 +256,22 @@ def test_planted_gaps_in_the_reference_are_seen(tmp_path):
     module, fenced = tmp_path / "car.py", "\n\n```python\nSEATS = `DOORS`\n```"
     cells = [
         {"cell_type": "raw", "source": "---\noutput-file: car.html\n---"},
-        {"cell_type": "markdown", "source": "`WHEELS` is 4, and [`borrowed`](other.html#borrowed) comes from elsewhere." + fenced},
-        {"cell_type": "code", "source": "SEATS", "outputs": [{"data": {"text/markdown": "### drive\n\none of `SEATS`"}}]},
+        {
+            "cell_type": "markdown",
+            "source": "`WHEELS` is 4, and [`borrowed`](other.html#borrowed) comes from elsewhere." + fenced,
+        },
+        {
+            "cell_type": "code",
+            "source": "SEATS",
+            "outputs": [{"data": {"text/markdown": "### drive\n\none of `SEATS`"}}],
+        },
     ]
-    module.write_text("__all__ = ['WHEELS', 'SEATS', 'DOORS', 'borrowed', 'drive', 'park']\ndef drive(): 0\ndef park(): 0\n")
+    module.write_text(
+        "__all__ = ['WHEELS', 'SEATS', 'DOORS', 'borrowed', 'drive', 'park']\ndef drive(): 0\ndef park(): 0\n"
+    )
     (tmp_path / "car.ipynb").write_text(json.dumps({"cells": cells}))
-    assert find_untold([module], {"car.ipynb": read_page(tmp_path / "car.ipynb")}) == ["car.park", "car.SEATS", "car.DOORS"]
+    assert find_untold([module], {"car.ipynb": read_page(tmp_path / "car.ipynb")}) == [
+        "car.park",
+        "car.SEATS",
+        "car.DOORS",
+    ]

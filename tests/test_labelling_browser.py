@@ -1,4 +1,5 @@
 """The labelling panel in JupyterLab, in a real browser: buttons, keys, undo, and the saved labels."""
+
 import sys
 from pathlib import Path
 
@@ -7,8 +8,8 @@ import pytest
 from carproto.app.labelling import KEYS
 from carproto.data.labels import labels_path, read_labels
 from carproto.data.views import render_views
-from carproto.files import read_json_lines
 from carproto.images import to_picture
+from carproto.json_lines import read_json_lines
 
 sys.path.insert(0, str(Path(__file__).parent))
 from jupyter import SHOTS, browser, check_layout, open_notebook, serve_lab, show_in, write_notebook  # noqa: E402, F401
@@ -65,7 +66,10 @@ def wait_for_count(page, count: int) -> None:
 
 def image_bytes(page) -> bytes:
     """Fetch the bytes of the image that the browser shows."""
-    fetch = "async () => [...new Uint8Array(await (await fetch(document.querySelector('img.carproto-picture').src)).arrayBuffer())]"
+    fetch = """async () => {
+        const picture = await fetch(document.querySelector('img.carproto-picture').src);
+        return [...new Uint8Array(await picture.arrayBuffer())];
+    }"""
     return bytes(page.evaluate(fetch))
 
 
@@ -145,7 +149,9 @@ def test_a_new_panel_goes_on_and_ends(page, photos):
     wait_for_count(page, 12)
     page.locator(".carproto-undo").click()
     page.wait_for_selector(".carproto-message [role=alert]")
-    assert "no label of this session" in page.locator(".carproto-message").inner_text() and read_labels(photos) == labels
+    assert (
+        "no label of this session" in page.locator(".carproto-message").inner_text() and read_labels(photos) == labels
+    )
     page.locator(".carproto-key input").click()
     for count in range(13, N + 1):
         page.keyboard.press(KEY_OF[truth_of(visible(page))])

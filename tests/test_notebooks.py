@@ -1,4 +1,5 @@
 """The form of the notebooks: title, outputs, imports, order. `nbdev_test` runs them."""
+
 import ast
 import re
 from pathlib import Path
@@ -63,14 +64,16 @@ def names() -> dict[str, str]:
     return {find_module(nbformat.read(path, as_version=4)): name_of(path) for path in ROOMS}
 
 
-@pytest.mark.parametrize("folder", sorted({path.parent for path in PATHS if path.name[0].isdigit()}), ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in PATHS if path.name[0].isdigit()}), ids=lambda folder: folder.name
+)
 def test_numbers_of_a_folder_are_unique(folder):
     numbers = [path.name.split("_")[0] for path in folder.glob("*.ipynb")]
     assert len(numbers) == len(set(numbers)), sorted(numbers)
 
 
 def test_modules_are_named_by_room_and_notebook(names):
-    """`8_app/13_cli.ipynb` writes `carproto.app.cli`; the modules of `0_base` stand in `carproto` itself."""
+    """`8_app/35_cli.ipynb` writes `carproto.app.cli`; the modules of `0_base` stand in `carproto` itself."""
     for module, name in names.items():
         room, stem = Path(name).parent.name.split("_", 1)[1], Path(name).stem.split("_", 1)[1]
         assert module == (stem if room == "base" else f"{room}.{stem}"), name
@@ -84,7 +87,11 @@ def test_notebook_imports_only_lower_numbers(path, names):
         pytest.skip("writes no module")
     higher = set()
     for cell in notebook.cells:
-        if cell.cell_type == "code" and "import" in cell.source and not re.search(r"^\s*[%!]", cell.source, re.MULTILINE):
+        if (
+            cell.cell_type == "code"
+            and "import" in cell.source
+            and not re.search(r"^\s*[%!]", cell.source, re.MULTILINE)
+        ):
             for node in ast.walk(ast.parse(cell.source)):
                 if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("carproto."):
                     imported = node.module.removeprefix("carproto.")
@@ -99,7 +106,8 @@ def test_notebook_imports_only_lower_numbers(path, names):
 def test_tutorial_opens_and_installs_in_colab(path):
     """The badge has a cell of its own, since nbdev drops it from the title's; one setup cell serves all tutorials."""
     cells = nbformat.read(path, as_version=4).cells
-    badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({COLAB}/github/carproto/carproto/blob/main/nbs/tutorials/{path.name})"
+    link = f"{COLAB}/github/carproto/carproto/blob/main/nbs/tutorials/{path.name}"
+    badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})"
     assert cells[1].source == badge and cells[1].cell_type == "markdown"
-    setup, = (cell.source for cell in cells if "git clone" in cell.source)
+    (setup,) = (cell.source for cell in cells if "git clone" in cell.source)
     assert setup == SETUP.format(extras=(re.findall(r"\[\w+\]", setup) or [""])[0])

@@ -1,4 +1,5 @@
 """The package says the same thing everywhere, and what it promises to install is there."""
+
 import ast
 import re
 import sys
@@ -22,15 +23,31 @@ COMMANDS = dict(command.split("=") for command in SETTINGS["console_scripts"].sp
 def test_version_is_the_same_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     newest = re.search(r"^## \[?([\d.]+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)[1]
-    versions = {SETTINGS["version"], carproto.__version__, citation["version"], newest, distribution("carproto").version}
+    versions = {
+        SETTINGS["version"],
+        carproto.__version__,
+        citation["version"],
+        newest,
+        distribution("carproto").version,
+    }
     assert len(versions) == 1, versions
-    assert (ROOT / "LICENSE").read_text(encoding="utf-8").split()[:2] == ["Apache", "License"] and citation["license"] == "Apache-2.0"
+    assert (ROOT / "LICENSE").read_text(encoding="utf-8").split()[:2] == ["Apache", "License"] and citation[
+        "license"
+    ] == "Apache-2.0"
 
 
 def test_installed_requirements_are_those_of_settings():
-    wanted = {(Requirement(text).name, str(Requirement(text).specifier), "") for text in SETTINGS["requirements"].split()}
-    extras = {key.removesuffix("_requirements"): SETTINGS[key].split() for key in SETTINGS if key.endswith("_requirements")}
-    wanted |= {(Requirement(text).name, str(Requirement(text).specifier), extra) for extra, texts in extras.items() for text in texts}
+    wanted = {
+        (Requirement(text).name, str(Requirement(text).specifier), "") for text in SETTINGS["requirements"].split()
+    }
+    extras = {
+        key.removesuffix("_requirements"): SETTINGS[key].split() for key in SETTINGS if key.endswith("_requirements")
+    }
+    wanted |= {
+        (Requirement(text).name, str(Requirement(text).specifier), extra)
+        for extra, texts in extras.items()
+        for text in texts
+    }
     results = set()
     for requirement in map(Requirement, distribution("carproto").requires):
         extra = re.search(r"extra == ['\"](\w+)['\"]", str(requirement.marker))
@@ -47,7 +64,7 @@ def test_torch_is_not_pinned():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_command_can_be_loaded(name):
-    entry, = entry_points(group="console_scripts", name=name)
+    (entry,) = entry_points(group="console_scripts", name=name)
     assert entry.value == COMMANDS[name] and callable(entry.load())
 
 
@@ -59,7 +76,7 @@ def test_every_module_has_a_notebook():
 
 
 def test_modules_need_only_what_a_user_installs():
-    """`import carproto.anything` works without the extras: what they bring is imported inside the function that needs it."""
+    """Every module imports without the extras: what they bring is imported inside the function that needs it."""
     names = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}
     at_hand = {names.get(name, name) for name in (Requirement(text).name for text in SETTINGS["requirements"].split())}
     at_hand |= {"IPython"}  # ipywidgets needs it

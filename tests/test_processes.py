@@ -1,4 +1,5 @@
 """Training by two processes: the same gradients as one, one writer, and an exact resume."""
+
 import json
 import os
 import subprocess
@@ -37,7 +38,7 @@ def make_trainer() -> Trainer:
 
 
 def gradients(trainer: Trainer) -> dict:
-    """Return the gradients of one step of each network, and LeCam's means; D's samples use fixed BatchNorm statistics."""
+    """Return the gradients of one step of D and G, and LeCam's means, with fixed BatchNorm statistics."""
     trainer.G.eval()
     trainer.step_discriminator()
     results = {f"D.{name}": p.grad.clone() for name, p in trainer.D.named_parameters()}
@@ -50,7 +51,9 @@ def gradients(trainer: Trainer) -> dict:
 def test_two_processes_learn_what_one_with_the_whole_batch_learns(tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     environment = {**ENVIRONMENT, "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([*LAUNCHER, tmp_path / "child.py", tmp_path], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*LAUNCHER, tmp_path / "child.py", tmp_path], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     both = [torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1)]
     alone = make_trainer()
@@ -87,15 +90,29 @@ def test_two_processes_write_one_run_and_resume_exactly(tmp_path):
     sessions = [json.loads(row) for row in (tmp_path / "parts" / "sessions.jsonl").read_text().splitlines()]
     assert [(row["step"], row["n_processes"]) for row in sessions] == [(0, 2), (4, 2)]
     alone = subprocess.run(
-        [BIN / "carproto", "train", "--data", tmp_path / "cars", "--run", "parts", *"--size 16 --width 4 --batch 8 --steps 9".split()],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            BIN / "carproto",
+            "train",
+            "--data",
+            tmp_path / "cars",
+            "--run",
+            "parts",
+            *"--size 16 --width 4 --batch 8 --steps 9".split(),
+        ],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert alone.returncode == 2 and "trained by 2 processes" in alone.stderr
     uneven = train(tmp_path, "uneven", "--steps", "4", "--batch", "7")
     assert uneven.returncode != 0 and "multiple of 2" in uneven.stderr
 
 
-@pytest.mark.parametrize("launcher", [{"WORLD_SIZE": "2"}, ["accelerate", "launch", "--cpu", "--num_processes", "2", "--no_python"]])
+@pytest.mark.parametrize(
+    "launcher", [{"WORLD_SIZE": "2"}, ["accelerate", "launch", "--cpu", "--num_processes", "2", "--no_python"]]
+)
 def test_a_launch_that_does_not_join_ends_in_one_line(tmp_path, launcher):
     ToyCars(40, 16, seed=2).save(tmp_path / "cars")
     front = [BIN / launcher[0], *launcher[1:]] if isinstance(launcher, list) else []

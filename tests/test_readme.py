@@ -1,4 +1,5 @@
 """README says what is true: its links lead somewhere, its commands exist, its code names what the library has."""
+
 import re
 import runpy
 from pathlib import Path
@@ -35,11 +36,19 @@ def test_rooms_name_their_notebooks():
     for room, row in rows.items():
         for names, path in re.findall(r"\[([^]]*)\]\((nbs/[^)]+\.ipynb)\)", row):
             source = (ROOT / path).read_text(encoding="utf-8")
-            strangers += [f"{name} in {path}" for name in re.findall(r"`(\w+)`", names) if not re.search(rf"\b(?:def|class) {name}\b", source)]
+            strangers += [
+                f"{name} in {path}"
+                for name in re.findall(r"`(\w+)`", names)
+                if not re.search(rf"\b(?:def|class) {name}\b", source)
+            ]
             assert path.startswith(f"nbs/{room}/"), f"{path} stands in the row of {room}"
     assert not strangers, f"not defined there: {strangers}"
     for folder in ("tutorials", "results"):
-        missing = [path.name for path in (ROOT / "nbs" / folder).glob("[0-9]*.ipynb") if f"](nbs/{folder}/{path.name})" not in TEXT]
+        missing = [
+            path.name
+            for path in (ROOT / "nbs" / folder).glob("[0-9]*.ipynb")
+            if f"](nbs/{folder}/{path.name})" not in TEXT
+        ]
         assert not missing, f"not in README: {missing}"
 
 
@@ -59,7 +68,9 @@ def test_commands_exist():
     assert len(lines) >= 6
     for line in lines:
         assert parse(split(line)[1:])
-    assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE), "CI runs another test command"
+    assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.MULTILINE), (
+        "CI runs another test command"
+    )
 
 
 def test_code_runs(tmp_path, monkeypatch):
@@ -81,7 +92,9 @@ def notebook_path(tmp_path) -> Path:
     table = output("execute_result", data={"text/markdown": "[table](13_toycars.ipynb)"})
     pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
     cells = [
-        new.new_markdown_cell('# title\n\n[core](00_core.ipynb) [up](../LICENSE) [out](https://x.org) [in](#a) <img src="images/a.jpg">'),
+        new.new_markdown_cell(
+            '# title\n\n[core](00_core.ipynb) [up](../LICENSE) [out](https://x.org) [in](#a) <img src="images/a.jpg">'
+        ),
         new.new_code_cell("#| hide\nsecret = 1"),
         new.new_code_cell("#| export\ndef exported(): pass"),
         new.new_code_cell("#| eval: false\nshown = 2"),
@@ -95,10 +108,17 @@ def notebook_path(tmp_path) -> Path:
 
 def test_generator_obeys_directives_and_moves_links(notebook_path):
     text, pictures = make_readme(notebook_path)
-    for selected in ("# title", "](nbs/00_core.ipynb)", "](LICENSE)", "](https://x.org)", "](#a)", 'src="nbs/images/a.jpg"'):
+    for selected in (
+        "# title",
+        "](nbs/00_core.ipynb)",
+        "](LICENSE)",
+        "](https://x.org)",
+        "](#a)",
+        'src="nbs/images/a.jpg"',
+    ):
         assert selected in text
     assert "```python\nshown = 2\n```" in text and "[table](nbs/13_toycars.ipynb)" in text and "    words" in text
     for dropped in ("secret", "exported", "table()", "#|"):
         assert dropped not in text
-    (name, content), = pictures.items()
+    ((name, content),) = pictures.items()
     assert name.startswith("nbs/images/readme_") and f"]({name})" in text and content.startswith(b"\x89PNG")

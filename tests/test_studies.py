@@ -1,6 +1,8 @@
 """The studies measure what they say, and go on where they were stopped."""
+
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +51,19 @@ def test_record_names_command_and_machine(tmp_path, monkeypatch):
     assert {"processor", "n_cores", "torch", "commit"} <= record["machine"].keys()
 
 
+def test_a_killed_demo_ends_as_one_that_was_not(tmp_path):
+    path = tmp_path / "kills.json"  # in a process of its own: it forks
+    command = [sys.executable, ROOT / "studies" / "demo_kills.py", "--kills", "2", "--out", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = load_json(path)
+    assert record["different"] == [] and len(record["kills"]) == 2
+    names = "\n".join(record["compared"])
+    runs = ("common", "subspace", "futuristic", r"encoder-\w+")
+    assert all(re.search(f"^{run}/checkpoints$", names, re.M) for run in runs)
+    assert {"common/best/model.safetensors", "futuristic/final/model.safetensors", "numbers.json", "report.html"} <= set(record["compared"])
+
+
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory) -> Path:
     """Train a parent for seconds."""
@@ -74,7 +89,20 @@ def test_cell_takes_the_steps_of_finetune_freezed(parent, tmp_path):
 
 
 def test_freezed_goes_on_and_keeps_to_its_choices(parent, tmp_path, capsys):
-    options = ["toys", "--parent", str(parent), "--steps", "1", "--batch", "4", "--n_fake", "16", "--out", str(tmp_path), *TINY]
+    options = [
+        "toys",
+        "--parent",
+        str(parent),
+        "--steps",
+        "1",
+        "--batch",
+        "4",
+        "--n_fake",
+        "16",
+        "--out",
+        str(tmp_path),
+        *TINY,
+    ]
     study_freezed.main([*options, "--seeds", "5"])
     path = tmp_path / "freezed_toys.jsonl"
     lines = path.read_text().splitlines()
@@ -82,7 +110,9 @@ def test_freezed_goes_on_and_keeps_to_its_choices(parent, tmp_path, capsys):
     assert [(row["seed"], row["depth"], row["augment"], row["lecam"]) for row in rows] == [
         (5, depth, augment, lecam) for depth in range(4) for augment in (True, False) for lecam in (True, False)
     ]
-    assert {"kid", "kid_sd", "frechet", "precision", "coverage", "copy_rate", "futurism", "seconds", "commit"} <= rows[0].keys()
+    assert {"kid", "kid_sd", "frechet", "precision", "coverage", "copy_rate", "futurism", "seconds", "commit"} <= rows[
+        0
+    ].keys()
     assert len({row["kid"] for row in rows}) > 4
     about = json.loads(path.with_suffix(".json").read_text())
     assert about["parent"]["config"]["width"] == 4 and about["parent"]["step"] == 4 and about["n_train"] == 16
@@ -101,12 +131,28 @@ def test_freezed_goes_on_and_keeps_to_its_choices(parent, tmp_path, capsys):
 
 
 def test_command_in_the_record_names_no_place(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/there/studies/freezed.py", "toys", "--parent", "/there/runs/toys", "--steps", "5"])
+    monkeypatch.setattr(
+        sys, "argv", ["/there/studies/freezed.py", "toys", "--parent", "/there/runs/toys", "--steps", "5"]
+    )
     assert study_record.describe_command() == "python studies/freezed.py toys --parent toys --steps 5"
 
 
 def test_parity_compares_what_it_says(tmp_path):
-    options = ["--steps", "4", "--n_measured", "2", "--size", "16", "--width", "4", "--batch", "4", "--out", str(tmp_path), *TINY]
+    options = [
+        "--steps",
+        "4",
+        "--n_measured",
+        "2",
+        "--size",
+        "16",
+        "--width",
+        "4",
+        "--batch",
+        "4",
+        "--out",
+        str(tmp_path),
+        *TINY,
+    ]
     study_parity.main([*options, "--seeds", "0"])
     study_parity.main([*options, "--seeds", "0", "1"])
     rows = [json.loads(line) for line in (tmp_path / "parity.jsonl").read_text().splitlines()]
@@ -133,7 +179,10 @@ def test_forms_are_as_named():
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> dict[str, str]:
     """Folders of pictures, as a person would have them."""
-    folder, sets = tmp_path_factory.mktemp("photos"), {"data": 40, "heldout": 24, "concepts": 32, "concepts_heldout": 24}
+    folder, sets = (
+        tmp_path_factory.mktemp("photos"),
+        {"data": 40, "heldout": 24, "concepts": 32, "concepts_heldout": 24},
+    )
     for seed, (name, n) in enumerate(sets.items()):
         (folder / name).mkdir()
         kind = {"futurism": FUTURISTIC} if "concept" in name else {}
@@ -143,8 +192,29 @@ def photos(tmp_path_factory) -> dict[str, str]:
 
 
 def test_recipes_differ_as_they_say(photos, tmp_path):
-    options = ["compare", "--data", photos["data"], "--heldout", photos["heldout"], "--backbone", "toys", "--size", "16", "--width", "4",
-               "--batch", "4", "--steps", "2", "--n_measured", "1", "--n_fake", "24", "--out", str(tmp_path)]  # fmt: skip
+    options = [
+        "compare",
+        "--data",
+        photos["data"],
+        "--heldout",
+        photos["heldout"],
+        "--backbone",
+        "toys",
+        "--size",
+        "16",
+        "--width",
+        "4",
+        "--batch",
+        "4",
+        "--steps",
+        "2",
+        "--n_measured",
+        "1",
+        "--n_fake",
+        "24",
+        "--out",
+        str(tmp_path),
+    ]
     study_recipe.main([*options, "--seeds", "0", "--recipes", "2022"])
     study_recipe.main([*options, "--seeds", "0"])
     rows = [json.loads(line) for line in (tmp_path / "recipe_compare.jsonl").read_text().splitlines()]
@@ -157,7 +227,9 @@ def test_recipes_differ_as_they_say(photos, tmp_path):
 
 
 def test_recipes_take_turns_for_their_time(photos, tmp_path):
-    study_recipe.main(["time", "--data", photos["data"], "--size", "16", "--width", "4", "--batch", "4", "--out", str(tmp_path)])
+    study_recipe.main(
+        ["time", "--data", photos["data"], "--size", "16", "--width", "4", "--batch", "4", "--out", str(tmp_path)]
+    )
     results = json.loads((tmp_path / "recipe_time.json").read_text())["seconds"]
     assert set(results) == {"2022", "carproto", "one D step"}
     assert {len(values) for values in results.values()} == {8}
@@ -173,8 +245,35 @@ def test_batch_decides_in_the_recipe_of_2022():
 
 def test_pair_from_photos_to_release_in_pieces(photos, tmp_path):
     sources = [word for name, path in photos.items() for word in (f"--{name}", path)]
-    options = ["tiny", *sources, "--backbone", "toys", "--size", "16", "--width", "4", "--batch", "8", "--z_dims", "8", "6", "4", "--n_frozen", "1",
-               "--steps", "4", "6", "3", "3", "--report_every", "2", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "data")]  # fmt: skip
+    options = [
+        "tiny",
+        *sources,
+        "--backbone",
+        "toys",
+        "--size",
+        "16",
+        "--width",
+        "4",
+        "--batch",
+        "8",
+        "--z_dims",
+        "8",
+        "6",
+        "4",
+        "--n_frozen",
+        "1",
+        "--steps",
+        "4",
+        "6",
+        "3",
+        "3",
+        "--report_every",
+        "2",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "data"),
+    ]
     with pytest.raises(SystemExit, match="the same command goes on"):
         train_pair.main([*options, "--max_minutes", "0.00001"])
     train_pair.main(options)
@@ -182,7 +281,12 @@ def test_pair_from_photos_to_release_in_pieces(photos, tmp_path):
     common, futuristic = (load_generator(parts[part], "cpu") for part in ("common", "futuristic"))
     assert common.z_dim == futuristic.z_dim == 4 and common.size == 16
     assert load_encoder(parts["encoder"], fingerprint=common.fingerprint(), device="cpu").z_dim == 4
-    text = {part: load_json(tmp_path / "data" / "tiny" / "record" / part / "evaluation.json") for part in ("common", "futuristic")}
+    text = {
+        part: load_json(tmp_path / "data" / "tiny" / "record" / part / "evaluation.json")
+        for part in ("common", "futuristic")
+    }
     assert text["common"]["n_fake"] == 1000 and {"kid", "copy_rate"} <= text["futuristic"].keys()
     train_pair.main(options)
-    assert load_generator(parts["futuristic"], "cpu").fingerprint() == futuristic.fingerprint()  # all was done: nothing is trained again
+    assert (
+        load_generator(parts["futuristic"], "cpu").fingerprint() == futuristic.fingerprint()
+    )  # all was done: nothing is trained again

@@ -1,4 +1,5 @@
-"""Everything that is generated from the notebooks is fresh, seen on a copy of the tree; and planted mistakes are seen."""
+"""Everything that is generated from the notebooks is fresh, on a copy of the tree; planted mistakes are seen."""
+
 import json
 import os
 import shutil
@@ -26,7 +27,9 @@ def tree(tmp_path: Path) -> Path:
 def run_python(tree: Path, *arguments: str) -> None:
     """Run Python in the copy, without the user's own nbdev settings."""
     environment = {**os.environ, "XDG_CONFIG_HOME": str(tree.parent / "no-config"), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=tree, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -40,7 +43,9 @@ def find_changes(tree: Path) -> set[str]:
 
 def find_notebook(tree: Path, module: str) -> Path:
     """Find the notebook that writes a module."""
-    return next(path for path in tree.glob("nbs/*/*.ipynb") if f"#| default_exp {module}\"" in path.read_text(encoding="utf-8"))
+    return next(
+        path for path in tree.glob("nbs/*/*.ipynb") if f'#| default_exp {module}"' in path.read_text(encoding="utf-8")
+    )
 
 
 def edit_notebook(path: Path, change) -> None:
@@ -58,13 +63,24 @@ def test_generated_files_are_fresh(tree):
 def test_planted_mistakes_are_seen(tree):
     """An edited module, a deleted notebook, a notebook that was not cleaned, a README behind its notebook."""
     edited = tree / "carproto/images.py"
-    edited.write_text(edited.read_text(encoding="utf-8").replace("too few to show", "too small to show"), encoding="utf-8")
+    edited.write_text(
+        edited.read_text(encoding="utf-8").replace("too few to show", "too small to show"), encoding="utf-8"
+    )
     find_notebook(tree, "toycars.dataset").unlink()
-    edit_notebook(find_notebook(tree, "viz"), lambda notebook: notebook["metadata"].update(language_info={"name": "python"}))
+    edit_notebook(
+        find_notebook(tree, "viz"), lambda notebook: notebook["metadata"].update(language_info={"name": "python"})
+    )
     edit_notebook(tree / "nbs/index.ipynb", lambda notebook: notebook["cells"][0]["source"].append(" And more."))
     changes = find_changes(tree)
     viz = find_notebook(tree, "viz").relative_to(tree).as_posix()
-    assert changes >= {"carproto/images.py", "carproto/toycars/dataset.py", "carproto/_modidx.py", viz, "README.md", "nbs/sidebar.yml"}
+    assert changes >= {
+        "carproto/images.py",
+        "carproto/toycars/dataset.py",
+        "carproto/_modidx.py",
+        viz,
+        "README.md",
+        "nbs/sidebar.yml",
+    }
     assert not (tree / "carproto/toycars/dataset.py").exists()
     assert not find_changes(tree), "generating twice is not the same as once"
 

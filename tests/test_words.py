@@ -1,4 +1,5 @@
-"""The words of the field, not a dialect: banned words in names, prose, help and README, with a short list of what is allowed."""
+"""The field's words: banned words in names, prose, help and README, with a short list of what is allowed."""
+
 import ast
 import io
 import re
@@ -13,7 +14,8 @@ NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_c
 MODULES = sorted(path for path in (ROOT / "carproto").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py"))
 
 NAMES = re.compile(  # parts of identifiers
-    r"^(draw_latents|drawing_generator|eyes?|toyreader|readers?|weave|forms|dial|dialled|route|journey|album|guard|usual|doubtful|likeness|variety|"
+    r"^(draw_latents|drawing_generator|eyes?|toyreader|readers?|weave|forms|dial|dialled|route|journey|album|guard|"
+    r"usual|doubtful|likeness|variety|"
     r"leaning|judge|judged|skin|told|ways|compact|IndexStream|Feed|read_car|read_pictures|day)$"
 )
 PROSE = {  # pattern in running text: what to write
@@ -35,10 +37,24 @@ PROSE = {  # pattern in running text: what to write
     r"\blean(?:s|ing)? (?:to|towards) (?:the|a) train": "nearest-neighbour distance ratio",
 }
 ALLOWED = {  # text around a hit that makes it right
-    "source code", "exit code", "status code", "code runs", "QR code", "VS Code", "latent code",
-    "character code", "no code is executed", "without executing code",
+    "source code",
+    "exit code",
+    "status code",
+    "code runs",
+    "QR code",
+    "VS Code",
+    "latent code",
+    "character code",
+    "no code is executed",
+    "without executing code",
 }
-ALLOWED_NAMES = {"eye", "BufferedReader", "DeadlineReader", "DictReader", "HTMLParser"}  # torch.eye, io's own kinds of readers
+ALLOWED_NAMES = {
+    "eye",
+    "BufferedReader",
+    "DeadlineReader",
+    "DictReader",
+    "HTMLParser",
+}  # torch.eye, io's own kinds of readers
 
 
 def name_of(path: Path) -> str:
@@ -54,7 +70,7 @@ def find_banned(text: str) -> list[str]:
         for match in re.finditer(pattern, text, re.IGNORECASE):
             around = " ".join(text[max(0, match.start() - 25) : match.end() + 25].split())
             if not any(allowed in around for allowed in ALLOWED):
-                hits.append(f"{match[0]!r} in \"{around}\": write {better}")
+                hits.append(f'{match[0]!r} in "{around}": write {better}')
     return hits
 
 
@@ -117,5 +133,7 @@ def test_public_names():
 
 
 def test_the_finder_finds_and_forgives():
-    assert find_banned("The dial moves the code.") and find_banned("Gains of a block") and find_banned("an eye for cars")
+    assert (
+        find_banned("The dial moves the code.") and find_banned("Gains of a block") and find_banned("an eye for cars")
+    )
     assert not find_banned("Channel gains scale a block; `codes` is quoted; the exit code is 1.")

@@ -4,6 +4,7 @@
 
 `read_milestone` gives what `train_gan(..., parent=...)` takes. Adam's moments are not kept: they start at zero.
 """
+
 import argparse
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def write_milestone(run: Path, folder: Path) -> Path:
 
 
 def read_milestone(folder: Path) -> dict:
-    """Read the networks back as a parent for `train_gan`: weights by part, the fingerprint of the features, the configuration."""
+    """Read the networks back as a parent for `train_gan`: weights by part, features' fingerprint, configuration."""
     about, parent = load_json(folder / "config.json"), {}
     for name, value in load_file(folder / "model.safetensors").items():
         part, _, key = name.partition(".")

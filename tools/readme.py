@@ -1,10 +1,11 @@
 """Write README.md from nbs/index.ipynb, without Quarto.
 
-Markdown cells are kept, shown code cells become fenced code with their stored outputs, and links get the path that they have
-from the root of the repository.
+Markdown cells are kept, shown code cells become fenced code with their stored outputs, and links get the path that
+they have from the root of the repository.
 
     python tools/readme.py
 """
+
 import posixpath
 import re
 from pathlib import Path

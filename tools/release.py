@@ -1,10 +1,12 @@
-"""Make a release of a pair of runs and their encoder: half-precision weights in data/NAME, evaluated as they are stored, and the runs' records.
+"""Make a release of two runs and their encoder: half-precision weights in data/NAME, and the runs' records.
 
     python tools/release.py toy64 --common runs/common --futuristic runs/futuristic --encoder runs/encoder
 
-The model card, data/NAME/README.md, is written by hand, and stays. The table of SHA-256 in nbs/0_base/05_weights.ipynb is written anew; run
-`python tools/sync.py` afterwards, and tag the commit as that notebook's `REVISION`.
+The model card, data/NAME/README.md, is written by hand, and stays. The table of SHA-256 in
+nbs/0_base/06_releases.ipynb is written anew; run `python tools/sync.py` afterwards, and tag the commit as that
+notebook's `REVISION`.
 """
+
 import argparse
 import json
 import os
@@ -18,7 +20,8 @@ from carproto.gan.sngan import load_generator, save_discriminator, save_generato
 from carproto.gan.train import best_generator, load_discriminator
 from carproto.latent.encoder import load_encoder, save_encoder
 from carproto.latent.train_encoder import evaluate_encoder
-from carproto.weights import IN_REPOSITORY, hash_file
+from carproto.releases import hash_file
+from carproto.weights import IN_REPOSITORY
 
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
 PATH_FIELDS = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
@@ -29,7 +32,9 @@ def release_generator(run: Path, folder: Path) -> None:
     """Store the generator that a run is remembered for, and the discriminator, whose features refinement needs."""
     position = "best" if (run / "best").exists() else "final"
     text = load_json(run / position / "config.json")
-    save_generator(best_generator(run, "cpu"), folder, half=True, about={k: text[k] for k in ("steps", "kid") if k in text})
+    save_generator(
+        best_generator(run, "cpu"), folder, half=True, about={k: text[k] for k in ("steps", "kid") if k in text}
+    )
     save_discriminator(load_discriminator(run, "cpu"), folder / "discriminator", half=True)
 
 
@@ -40,7 +45,9 @@ def release_encoder(run: Path, folder: Path, generators: list) -> None:
     E.generator = generators[0].fingerprint()
     save_encoder(E, folder, half=True)
     E = load_encoder(folder, fingerprint=E.generator, device="cpu")
-    photos = {name: text[name] for name in text if name.startswith("photo_") or name in ("n_photos", "steps", "seconds")}
+    photos = {
+        name: text[name] for name in text if name.startswith("photo_") or name in ("n_photos", "steps", "seconds")
+    }
     save_encoder(E, folder, half=True, about={**photos, **evaluate_encoder(E, generators)})
 
 
@@ -53,7 +60,13 @@ def copy_record(run: Path, folder: Path) -> None:
     for name in ("data.json", "evaluation.json"):
         if (folder / name).exists():
             text = load_json(folder / name)
-            save_json({key: Path(value).name if key in PATH_FIELDS and "/" in value else value for key, value in text.items()}, folder / name)
+            save_json(
+                {
+                    key: Path(value).name if key in PATH_FIELDS and "/" in value else value
+                    for key, value in text.items()
+                },
+                folder / name,
+            )
 
 
 def replace_folder(made: Path, folder: Path) -> None:
@@ -80,7 +93,7 @@ def list_hashes(data: Path) -> str:
 def write_hashes(data: Path, notebook: Path) -> None:
     """Put the SHA-256 of all released files into the table that downloads are compared with."""
     content = json.loads(notebook.read_text(encoding="utf-8"))
-    cell, = (cell for cell in content["cells"] if "\nRELEASES = {" in "".join(cell["source"]))
+    (cell,) = (cell for cell in content["cells"] if "\nRELEASES = {" in "".join(cell["source"]))
     table = re.compile(r"(\nRELEASES = \{[^\n]*\n).*?(\n\}\n)", re.DOTALL)
     source = table.sub(lambda results: results[1] + list_hashes(data) + results[2], "".join(cell["source"]))
     cell["source"] = source.splitlines(keepends=True)
@@ -95,20 +108,29 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{part}", type=Path, required=True, help="a run's folder")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where releases lie")
     arguments = parser.parse_args(argv)
-    folder, bound = arguments.data / arguments.name, load_json(arguments.encoder / "encoder" / "config.json")["generator"]
+    folder, bound = (
+        arguments.data / arguments.name,
+        load_json(arguments.encoder / "encoder" / "config.json")["generator"],
+    )
     if best_generator(arguments.common, "cpu").fingerprint() != bound:
-        raise CarprotoError(f"{arguments.encoder} was trained for generator {bound}, which is not the one of {arguments.common}")
+        raise CarprotoError(
+            f"{arguments.encoder} was trained for generator {bound}, which is not the one of {arguments.common}"
+        )
     with folder_aside(folder.with_name(f"{folder.name}.new")) as aside:
         for part in ("common", "futuristic"):
             release_generator(getattr(arguments, part), aside / part)
-        release_encoder(arguments.encoder, aside / "encoder", [load_generator(aside / part, "cpu") for part in ("common", "futuristic")])
+        release_encoder(
+            arguments.encoder,
+            aside / "encoder",
+            [load_generator(aside / part, "cpu") for part in ("common", "futuristic")],
+        )
         for part in ("common", "futuristic", "encoder"):
             copy_record(getattr(arguments, part), aside / "record" / part)
         if (folder / "probe").exists():
             shutil.copytree(folder / "probe", aside / "probe")
     replace_folder(folder.with_name(f"{folder.name}.new"), folder)
     if arguments.data.resolve() == IN_REPOSITORY:
-        write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "0_base" / "05_weights.ipynb")
+        write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "0_base" / "06_releases.ipynb")
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
     print(f"{folder}: {size:.1f} MB" + (f", more than {LIMIT_MB} MB" if size > LIMIT_MB else ""))
 

@@ -1,9 +1,11 @@
 """Run notebooks in place and store their outputs, so that a reader sees the figures without running anything.
 
-Cells marked `eval: false`, `slow` or `cuda` keep the outputs that they have. Only cells that measure time change from run to run.
+Cells marked `eval: false`, `slow` or `cuda` keep the outputs that they have. Only cells that measure time change from
+run to run.
 
     python tools/store_outputs.py nbs/0_base/01_core.ipynb ...      # these; none named means all
 """
+
 import argparse
 import re
 import sys
@@ -29,7 +31,7 @@ class StoringClient(NotebookClient):
 
 
 def join_streams(notebook) -> None:
-    """Join pieces of one stream, whose cuts depend on timing; drop progress bars and widgets, which no stored page can move."""
+    """Join pieces of one stream, whose cuts depend on timing; drop progress bars and widgets."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
@@ -51,11 +53,15 @@ def main() -> None:
     """Run each named notebook and write it back."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", type=Path)
-    paths = parser.parse_args().notebooks or sorted(p for p in Path("nbs").rglob("*.ipynb") if "checkpoints" not in str(p))
+    paths = parser.parse_args().notebooks or sorted(
+        p for p in Path("nbs").rglob("*.ipynb") if "checkpoints" not in str(p)
+    )
     for path in tqdm(paths, desc="notebooks"):
         notebook = nbformat.read(path, as_version=4)
         resources = {"metadata": {"path": str(path.parent)}}
-        client = StoringClient(notebook, timeout=900, kernel_name="python3", store_widget_state=False, resources=resources)
+        client = StoringClient(
+            notebook, timeout=900, kernel_name="python3", store_widget_state=False, resources=resources
+        )
         try:
             client.execute()
         except Exception as error:

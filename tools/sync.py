@@ -4,6 +4,7 @@ Running it twice changes nothing; in a tree that is in order, running it once ch
 
     python tools/sync.py
 """
+
 import os
 import sys
 from pathlib import Path

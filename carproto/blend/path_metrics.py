@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .calibrate import perceptual_embedding, rank_correlation, worst_step
 from .interpolate import blend_generators, blend_latents, check_intensities
+from .speed import perceptual_embedding, rank_correlation, worst_step
 from ..config import CarprotoError
 from ..core import sample_latents, seeded
 from ..eval.features import FeatureExtractor, extract_features
@@ -23,7 +23,8 @@ from ..eval.perceptual import PerceptualDistance
 from ..eval.reconstruction import mask_iou
 from ..gan.sngan import Generator
 from ..images import to_bytes
-from ..toycars.regressor import FactorRegressor, shrink
+from ..toycars.factor_net import shrink
+from ..toycars.regressor import FactorRegressor
 
 # %% ../../nbs/7_blend/02_path_metrics.ipynb #c74064be
 def silhouette(

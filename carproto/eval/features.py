@@ -16,9 +16,10 @@ from torch import nn
 
 from ..config import CarprotoError
 from ..core import pick_device, progress
-from ..data.backbone import load_layers
+from ..data.backbone import load_mobilenet
 from ..images import to_bytes
-from ..toycars.regressor import FactorRegressor, factor_regressor, shrink
+from ..toycars.factor_net import shrink
+from ..toycars.regressor import FactorRegressor, factor_regressor
 from ..weights import download_published
 
 # %% ../../nbs/5_eval/00_features.ipynb #41708615
@@ -34,11 +35,13 @@ class FeatureExtractor:
         n_features: int,  # length of a row of features
         compute: Callable,  # images (N, 3, H, W) in [-1, 1] on the device -> features (N, n_features)
         *,
+        network: str | None = None,  # the network alone, as torchvision names it; None takes the name up to "@"
         size: int | None = None,  # side that images are resized to, pixels; None keeps theirs
         device: torch.device | str = "cpu",  # device of the network
         precision: str = "fp32",  # one of `PRECISIONS`; "fp16" and "bf16" compute under autocast
     ):
         self.name = name
+        self.network = network or name.split("@")[0]
         self.n_features = n_features
         self.size = size
         self.device = torch.device(device)
@@ -104,13 +107,15 @@ def mobilenet_extractor(
     if size < 32 or size % 32:
         raise CarprotoError(f"MobileNetV2 takes no input of {size} pixels: choose a multiple of 32, such as 128 or 224")
     device, path = pick_device(device and str(device)), Path(path)
-    net = load_layers(path, style="tensorflow").to(device)
+    net = load_mobilenet(path, style="tensorflow").to(device)
 
     def compute(x: torch.Tensor) -> torch.Tensor:
         return net(x.contiguous(memory_format=torch.channels_last)).float().mean((2, 3))
 
-    precision = precision or feature_precision(device)
-    return FeatureExtractor(f"{path.stem}@{size}", 1280, compute, size=size, device=device, precision=precision)
+    options = {"network": "mobilenet_v2", "size": size, "device": device}
+    return FeatureExtractor(
+        f"{path.stem}@{size}", 1280, compute, precision=precision or feature_precision(device), **options
+    )
 
 # %% ../../nbs/5_eval/00_features.ipynb #923fe209
 _RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
@@ -143,7 +148,11 @@ def inception_extractor(
     except CarprotoError as error:
         raise CarprotoError(f"Inception's weights cannot be loaded: {error}, or name another extractor") from error
     net = _build_inception(state).to(device)
-    return FeatureExtractor(net.get_name(), 2048, lambda x: net(to_bytes(x).to(device))[0], device=device)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return net(to_bytes(x).to(device))[0]
+
+    return FeatureExtractor(net.get_name(), 2048, compute, network="inception_v3", device=device)
 
 # %% ../../nbs/5_eval/00_features.ipynb #d4c0a91e
 def feature_extractor(

@@ -20,7 +20,8 @@ from ..config import CarprotoError
 from ..core import sample_latents, seeded
 from .features import FeatureExtractor, extract_features, feature_extractor
 from ..images import to_bytes
-from ..toycars.regressor import FactorRegressor, shrink
+from ..toycars.factor_net import shrink
+from ..toycars.regressor import FactorRegressor
 
 # %% ../../nbs/5_eval/02_metrics.ipynb #6bf7e387
 def kid(

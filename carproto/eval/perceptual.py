@@ -11,11 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
 
-from ..config import CarprotoError
 from ..gan.sngan import Discriminator
-from ..weights import read_weights
+from ..pretrained import load_layers, normalize_imagenet
 
 # %% ../../nbs/5_eval/01_perceptual.ipynb #fc10f823
 FeatureMaps = Callable[[torch.Tensor], list[torch.Tensor]]  # images (N, 3, H, W) -> maps [(N, C, h, w), ...]
@@ -73,16 +71,11 @@ def squeezenet_features(
     size: int = 64,  # images are enlarged to this side, pixels
 ) -> FeatureMaps:  # seven maps, as LPIPS takes them
     "Return the feature maps of SqueezeNet 1.1 (arXiv:1602.07360) for a perceptual distance."
-    if not Path(path).exists():
-        raise CarprotoError(f"{path} does not exist: give a file of SqueezeNet 1.1, or use a discriminator's features")
-    net = torchvision.models.squeezenet1_1(weights=None).features
-    net = read_weights(net, Path(path)).eval().requires_grad_(False)
-    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    net = load_layers("squeezenet1_1", path)
     tapped = {1, 4, 7, 9, 10, 11, 12}
 
     def maps(images: torch.Tensor) -> list[torch.Tensor]:
-        h = (images / 2 + 0.5 - mean.to(images.device)) / std.to(images.device)
+        h = normalize_imagenet(images)
         if h.shape[-1] < size:
             h = F.interpolate(h, size=(size, size), mode="bilinear", align_corners=False)
         results = []

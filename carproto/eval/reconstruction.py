@@ -12,17 +12,22 @@ import torch
 import torch.nn.functional as F
 
 from ..config import CarprotoError
-from ..gan.feature_discriminator import load_layers
+from ..pretrained import load_layers
 
 # %% ../../nbs/5_eval/03_reconstruction.ipynb #5cc2b570
+def _check_pairs(inverted: torch.Tensor, originals: torch.Tensor, n: int) -> None:
+    "Raise `CarprotoError` unless there are as many inversions as originals, and `n` or more."
+    if inverted.shape != originals.shape or len(originals) < n:
+        shapes = f"{tuple(inverted.shape)} and {tuple(originals.shape)}"
+        raise CarprotoError(f"this measure needs as many inversions as originals, {n} or more; got {shapes}")
+
+
 def retrieval(
     inverted: torch.Tensor,  # (N, K) features of the inversions, in the order of the originals
     originals: torch.Tensor,  # (N, K) features of the originals
 ) -> dict[str, float]:  # "n"; "top1" and "top5": shares, 0 to 1; "chance": 1 / N
     "Return how often the original ranks first, and among the first five."
-    if inverted.shape != originals.shape or len(originals) < 5:
-        shapes = f"{tuple(inverted.shape)} and {tuple(originals.shape)}"
-        raise CarprotoError(f"retrieval needs features of as many inversions as originals, 5 or more; got {shapes}")
+    _check_pairs(inverted, originals, 5)
     mean = originals.mean(0)
     similarity = F.normalize(inverted - mean, dim=1) @ F.normalize(originals - mean, dim=1).T
     to_original = similarity.diagonal()[:, None]
@@ -37,9 +42,7 @@ def explained_variance(
     originals: torch.Tensor,  # float (N, 3, H, W) in [-1, 1]
 ) -> float:  # 1 - MSE / variance about the mean image
     "Return the share of the originals' pixel variance that the inversions explain."
-    if inverted.shape != originals.shape or len(originals) < 2:
-        shapes = f"{tuple(inverted.shape)} and {tuple(originals.shape)}"
-        raise CarprotoError(f"explained variance needs as many inversions as originals, 2 or more; got {shapes}")
+    _check_pairs(inverted, originals, 2)
     variance = (originals - originals.mean(0)).square().mean()
     return (1 - (inverted - originals).square().mean() / variance.clamp_min(1e-12)).item()
 

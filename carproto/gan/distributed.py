@@ -94,7 +94,9 @@ def _count_processes() -> int:
     if not environment["WORLD_SIZE"]:
         if any(environment[name] not in ("", "1") for name in _MPI_SIZES):
             raise CarprotoError(f"MPI started several processes, which carproto cannot join: {_ADVICE}")
-        if "ACCELERATE_MIXED_PRECISION" in os.environ and environment["MASTER_ADDR"]:  # which it sets for more than one only
+        if (
+            "ACCELERATE_MIXED_PRECISION" in os.environ and environment["MASTER_ADDR"]
+        ):  # which it sets for more than one only
             fault = "accelerate launch was asked for several processes and started one, as it does on CPUs"
             raise CarprotoError(f"{fault}: {_ADVICE}")
         return 1

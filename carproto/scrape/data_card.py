@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..config import CarprotoError
-from ..files import _TEXT, atomic_path, format_line, read_json_lines
+from ..files import atomic_path
+from ..json_lines import _TEXT, format_line, read_json_lines
 from .manifest import PhotoRecord, list_reasons, read_manifest
 from .urls import normalize_url
 from ..tables import escape_markdown
@@ -111,7 +112,7 @@ _COLUMNS = ["licence", "author", "page", "source"]  # of the list, beside url an
 
 def _quote_formula(value: str) -> str:
     "Put an apostrophe before a cell that a spreadsheet would compute."
-    return f"'{value}" if str(value).startswith(("=", "+", "-", "@", "\t", "\r")) else value
+    return f"'{value}" if str(value).startswith(tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")) else value  # also in full width
 
 
 def _list_rows(source: str | Path | Iterable[PhotoRecord]) -> list[dict]:

@@ -18,18 +18,8 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..config import CarprotoError
-from carproto.files import (
-    _MAX_PICTURE_BYTES,
-    _TEXT,
-    format_line,
-    open_append,
-    read_file,
-    read_json_lines,
-    refuse_link,
-    regular_file,
-    remove_leftovers,
-    write_lines,
-)
+from ..files import _MAX_PICTURE_BYTES, open_append, read_file, refuse_link, regular_file, remove_leftovers
+from ..json_lines import _TEXT, format_line, read_json_lines, write_lines
 from .security import check_picture
 from .urls import FetchError
 

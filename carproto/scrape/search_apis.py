@@ -53,6 +53,13 @@ def _count(value: object) -> int | None:
     return value if type(value) is int and 0 <= value <= 1_000_000_000 else None
 
 
+def _check_results(value: object, url: str) -> list:
+    "Return the list of results; raise `FetchError` for any other value."
+    if not isinstance(value, list):
+        raise FetchError("no results in the answer, its form may have changed", url, permanent=False)
+    return value
+
+
 def _parse_each(
     parser: Callable[[dict, str], PhotoRecord | FetchError],  # of one result
     entries: list,  # results of one page
@@ -143,9 +150,7 @@ def search_commons(
         url, answer = _fetch_json(fetcher, api, more | _COMMONS | _COMMONS_SEARCH | {"gsrsearch": words})
         result = answer.get("query", {})
         pages = result.get("pages", [] if "batchcomplete" in answer else None) if isinstance(result, dict) else None
-        if not isinstance(pages, list):
-            raise FetchError("no results in the answer, its form may have changed", url, permanent=False)
-        yield total, _parse_each(parse_commons, sorted(pages, key=_rank), query, url)
+        yield total, _parse_each(parse_commons, sorted(_check_results(pages, url), key=_rank), query, url)
         more = answer["continue"] if isinstance(answer.get("continue"), dict) else None
 
 # %% ../../nbs/2_scrape/08_search_apis.ipynb #2c0ab151
@@ -182,9 +187,7 @@ def search_openverse(
     for number in range(1, _MAX_PAGES + 1):
         options = {"q": query, "page": number, "page_size": 20}
         url, answer = _fetch_json(fetcher, f"{base_url}/v1/images/", options)
-        results = answer.get("results")
-        if not isinstance(results, list):
-            raise FetchError("no results in the answer, its form may have changed", url, permanent=False)
+        results = _check_results(answer.get("results"), url)
         total = _count(answer.get("result_count"))
         total = None if total is None else min(total, 20 * _MAX_PAGES)
         yield total, _parse_each(parse_openverse, results, query, url)

@@ -58,8 +58,7 @@ def _lamp(f, camera):
     "Return the direction of the lamp."
     a = math.radians(f.light)
     to = camera.to
-    flat = math.hypot(*camera.to[:2])
-    side = math.cos(a) / flat * np.array([to[0], to[1], 0]) + math.sin(a) * camera.right
+    side = math.cos(a) / math.hypot(*to[:2]) * np.array([to[0], to[1], 0]) + math.sin(a) * camera.right
     return (math.cos(0.9) * side + [0, 0, math.sin(0.9)]).astype(np.float32)
 
 

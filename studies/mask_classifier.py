@@ -1,0 +1,274 @@
+"""Train the classifier that scores a segmented car, on spoiled masks of photos, then on labels given on contact sheets.
+
+    python studies/mask_classifier.py --data /photos --masks /masks --out /tmp/mask_classifier
+
+It reads data/mask_classifier/labels.json (1 for a defect, 0.5 for an unsure one, 0 for a good cut-out) and needs the masks that u2netp made of
+the packs' photos: `--masks` holds a folder of a pack's name for each pack, as studies/alignment.py takes them. Neither is part of the repository.
+
+First the network separates photos from copies of them whose mask lacks a part, or has one too many. Then it is fitted to the labels, mixed with toy
+cars and spoiled masks. It prints the area under the ROC curve on every fifth label, held out of a fit that serves only to measure it, and the
+share of defects among the best 65 and 75 %; the weights written are fitted to all labels.
+"""
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from freezed import describe_command
+from PIL import Image, ImageFilter
+from scipy import ndimage
+from tqdm import tqdm
+
+from carproto.config import CarprotoError
+from carproto.data.align import CUT_SIDE, AlignConfig, cut_car
+from carproto.data.mask_classifier import MaskClassifier, classifier_tensor, frame_layers, hide_surroundings
+from carproto.data.mask_limits import check_limits
+from carproto.data.masks import mask_name
+from carproto.data.matte import bounding_box, main_part
+from carproto.data.metadata import read_metadata
+from carproto.data.store import PictureStore
+from carproto.files import load_json
+from carproto.images import open_picture
+from carproto.run import describe_environment
+from carproto.toycars.paint import render_car
+from carproto.toycars.shape import COMMON, FUTURISTIC, sample_factors
+from carproto.weights import save_weights
+
+PACKS = ("common_cars_train", "concept_cars_train", "common_cars_heldout", "concept_cars_heldout")
+TARGETS = {"clean": 0.05, "spoiled": 0.97}  # of the first step: some photos' own masks have a defect
+N_TRIES = 8
+
+
+def describe_photos(data: Path, masks: Path, aspect: float, wanted: set[str] | None, n: int) -> dict[str, np.ndarray]:
+    """Return the layers of n photos by `pack/file name`, of those wanted and else of those whose mask keeps the limits."""
+    config, layers = AlignConfig(aspect=aspect), {}
+    for pack in PACKS if wanted else PACKS[:2]:
+        store = PictureStore(data / f"{pack}.zip")
+        rows = read_metadata(store)
+        chosen = [name for name in store.names if wanted is None or f"{pack}/{Path(name).name}" in wanted]
+        if wanted is None and len(chosen) > n:
+            chosen = [chosen[i] for i in sorted(np.random.default_rng(1).permutation(len(chosen))[:n])]
+        for name in tqdm(chosen, desc=pack):
+            content = store.read(name)
+            file = masks / pack / mask_name(content)
+            if not file.is_file():
+                raise CarprotoError(f"{file} is missing: compute the masks of {pack} first, with studies/alignment.py")
+            photo, mask = open_picture(content), open_picture(file).convert("L")
+            view = rows[name].get("view") or rows[name].get("view_guess")
+            if wanted is None and (view not in config.views or check_limits(mask, config, stretch=aspect * photo.height / photo.width)):
+                continue
+            mirrored = view in ("right", "front-right")
+            layers[f"{pack}/{Path(name).name}"] = frame_layers(cut_car(photo, mask, config, CUT_SIDE), mirrored)
+    return layers
+
+
+def sample_blob(rng: np.random.Generator, shape: tuple[int, int], box: tuple) -> np.ndarray:
+    """Return an ellipse, one side of a line, or a rectangle, at random within a box."""
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    left, top, right, bottom = box
+    kind = rng.integers(3)
+    if kind == 0:
+        centre, radii = (rng.uniform(left, right), rng.uniform(top, bottom)), (rng.uniform(5, 22), rng.uniform(4, 14))
+        return ((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2 < 1
+    if kind == 1:
+        angle, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.55, 0.95)
+        across = (x - (left + right) / 2) * np.cos(angle) / (0.5 * (right - left))
+        return across + (y - (top + bottom) / 2) * np.sin(angle) / (0.5 * (bottom - top)) > distance
+    x0, y0 = rng.uniform(left, right - 8), rng.uniform(top, bottom - 6)
+    return (x >= x0) & (x < x0 + rng.uniform(6, 28)) & (y >= y0) & (y < y0 + rng.uniform(5, 16))
+
+
+def change_mask(is_car: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Remove a part at the outline, or add a blob, a rim on one side, or a shadow below the wheels."""
+    left, top, right, bottom = box = bounding_box(is_car)
+    kind = rng.integers(5)
+    if kind <= 1:
+        blob = sample_blob(rng, is_car.shape, box)
+        return is_car & ~blob if (blob & is_car & ndimage.binary_dilation(~is_car, iterations=3)).any() else is_car
+    if kind == 2:
+        blob = sample_blob(rng, is_car.shape, (left - 4, top - 8, right + 4, bottom + 4))
+        return is_car | (blob & ndimage.binary_dilation(is_car, iterations=int(rng.integers(4, 14))))
+    y, x = np.mgrid[: is_car.shape[0], : is_car.shape[1]]
+    if kind == 3:
+        angle = rng.uniform(0, 2 * np.pi)
+        side = (x - 48) * np.cos(angle) + (y - 45) * np.sin(angle) > rng.uniform(-25, 10)
+        return is_car | (ndimage.binary_dilation(is_car, iterations=int(rng.integers(2, 5))) & side)
+    n, start = int(rng.integers(3, 8)), rng.uniform(0, 60)
+    lower = np.zeros_like(is_car)
+    lower[n:] = is_car[:-n]
+    return is_car | (lower & (x > start) & (x < start + rng.uniform(20, 70)) & (y > bottom - 14))
+
+
+def spoil(layers: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
+    """Spoil mask and opacity of a car's layers and fit the frame again; None when nothing changes enough."""
+    is_car = layers[..., 4] > 127
+    for _ in range(N_TRIES):
+        changed = change_mask(is_car, rng)
+        if not changed.any():
+            continue
+        changed = ndimage.binary_fill_holes(main_part(changed)[0])
+        if (changed ^ is_car).sum() < 0.012 * is_car.sum():
+            continue
+        result = layers.copy()
+        near = ndimage.gaussian_filter((changed ^ is_car).astype(np.float32), 1) > 0.1
+        soft = ndimage.gaussian_filter(changed.astype(np.float32), 0.7)
+        result[..., 4] = np.where(near, 255 * soft, layers[..., 4])
+        softer = ndimage.gaussian_filter(changed.astype(np.float32), rng.uniform(0.8, 2.5))
+        weight = rng.uniform(0.5, 1)
+        blend = weight * 255 * softer + (1 - weight) * layers[..., 3]
+        result[..., 3] = np.where(near, blend, layers[..., 3]).clip(0, 255)
+        return fit_frame(result)
+    return None
+
+
+def fit_frame(layers: np.ndarray) -> np.ndarray:
+    """Resample layers so that the box of the opacity fills the frame again."""
+    left, top, right, bottom = bounding_box(main_part(layers[..., 4] > 127)[0])
+    scale = min(90.2 / (right - left), 76.8 / (bottom - top))
+    if abs(scale - 1) < 0.01 and abs((left + right) / 2 - 48) < 0.7 and abs(bottom - 72.4) < 0.7:
+        return layers
+    width, height, rim = 96 / scale, 76 / scale, 40
+    x, y = (left + right) / 2 - width / 2 + rim, bottom - 72.4 / scale + rim
+    padded = np.pad(layers, ((rim, rim), (rim, rim), (0, 0)))
+    channels = [Image.fromarray(np.ascontiguousarray(padded[..., c])) for c in range(layers.shape[2])]
+    box = (x, y, x + width, y + height)
+    return np.dstack([np.asarray(channel.resize((96, 76), Image.Resampling.BILINEAR, box)) for channel in channels])
+
+
+def render_toys(n: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Return the layers of toy cars before their own background, noise or one colour, with masks as soft as a network's."""
+    layers = []
+    for i in range(n):
+        view = ("left", "front-left", "front-right")[i % 3]
+        rgb, is_car = render_car(sample_factors(77, i, COMMON if i % 2 else FUTURISTIC, view=view), 128)
+        mask, picture = Image.fromarray(is_car.astype(np.uint8) * 255), Image.fromarray(rgb)
+        noise = Image.fromarray(rng.integers(0, 255, (14, 14, 3), dtype=np.uint8)).resize((128, 128), Image.Resampling.BICUBIC)
+        plain = Image.new("RGB", (128, 128), tuple(int(value) for value in rng.integers(0, 255, 3)))
+        if i % 4 in (1, 2):
+            picture = Image.composite(picture, noise if i % 4 == 1 else plain, mask)
+        mask = mask.filter(ImageFilter.GaussianBlur((0, 0.8, 1.3, 1.8)[rng.integers(4)]))
+        layers.append(frame_layers(cut_car(picture, mask, size=CUT_SIDE), view == "front-right"))
+    return layers
+
+
+def make_pairs(layers: list[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inputs of photos, and of one spoiled copy of each."""
+    pairs = [(one, spoil(one, rng)) for one in tqdm(layers, desc="spoil")]
+    pairs = [(hide_surroundings(one), hide_surroundings(other)) for one, other in pairs if other is not None]
+    return np.stack([one for one, _ in pairs]), np.stack([other for _, other in pairs])
+
+
+def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Change contrast, colour and position at random."""
+    n = len(x)
+    x = x.clone()
+    contrast = 0.8 + 0.4 * torch.rand(n, 1, 1, 1, generator=generator)
+    x[:, :3] = (x[:, :3] * contrast + 0.2 * torch.randn(n, 3, 1, 1, generator=generator)).clamp(-1, 1)
+    is_grey = torch.rand(n, generator=generator) < 0.15
+    x[is_grey, :3] = x[is_grey, :3].mean(1, keepdim=True)
+    shift = [int(torch.randint(-2, 3, (1,), generator=generator)) for _ in range(2)]
+    return torch.roll(x, shift, (2, 3))
+
+
+def optimize(net: MaskClassifier, batches: list, lr: float, weight_decay: float, seed: int) -> None:
+    """Fit a network to batches of inputs, targets and weights, each made when it is needed."""
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches), pct_start=0.2)
+    net.train()
+    for make in tqdm(batches, desc="fit"):
+        x, targets, weights = make()
+        losses = F.binary_cross_entropy_with_logits(net(augment(classifier_tensor(x), generator)), targets, reduction="none")
+        optimizer.zero_grad()
+        (losses * weights).mean().backward()
+        optimizer.step()
+        schedule.step()
+    net.eval()
+
+
+def pretrain(clean: np.ndarray, spoiled: np.ndarray, epochs: int, seed: int, batch: int = 48) -> MaskClassifier:
+    """Separate photos from their spoiled copies."""
+    torch.manual_seed(seed)
+    rng, net = np.random.default_rng(seed), MaskClassifier()
+    targets = torch.tensor([TARGETS["clean"]] * batch + [TARGETS["spoiled"]] * batch)
+
+    def make(chosen: np.ndarray) -> tuple:
+        return np.concatenate([clean[chosen], spoiled[chosen]]), targets, torch.ones(2 * batch)
+
+    orders = [rng.permutation(len(clean)) for _ in range(epochs)]
+    chosen = [order[start : start + batch] for order in orders for start in range(0, len(clean) - batch + 1, batch)]
+    optimize(net, [lambda one=one: make(one) for one in chosen], 3e-3, 1e-2, seed)
+    return net
+
+
+def fit_labels(net: MaskClassifier, x: np.ndarray, y: np.ndarray, pairs: tuple, epochs: int, seed: int) -> MaskClassifier:
+    """Fit a pretrained network to labels; a quarter of each batch are clean inputs, and a quarter spoiled ones."""
+    rng, fitted = np.random.default_rng(seed), MaskClassifier()
+    fitted.load_state_dict(net.state_dict())
+    clean, spoiled = pairs
+    n, n_mixed = 24, 8
+    targets = torch.tensor(y, dtype=torch.float32).clamp(0.03, 0.97)
+    mixed = torch.tensor([0.07] * n_mixed + [TARGETS["spoiled"]] * n_mixed)
+    weights = torch.tensor([1.0] * n + [0.35] * 2 * n_mixed)
+
+    def make(chosen: np.ndarray) -> tuple:
+        others = rng.integers(0, len(clean), n_mixed)
+        return np.concatenate([x[chosen], clean[others], spoiled[others]]), torch.cat([targets[chosen], mixed]), weights
+
+    orders = [rng.permutation(len(x)) for _ in range(epochs)]
+    chosen = [order[start : start + n] for order in orders for start in range(0, len(x) - n + 1, n)]
+    optimize(fitted, [lambda one=one: make(one) for one in chosen], 1.5e-3, 2e-2, seed)
+    return fitted
+
+
+@torch.inference_mode()
+def score_all(net: MaskClassifier, x: np.ndarray) -> np.ndarray:
+    """Return the probabilities of a defect (N)."""
+    return np.concatenate([torch.sigmoid(net(classifier_tensor(x[i : i + 64]))).numpy() for i in range(0, len(x), 64)])
+
+
+def measure(scores: np.ndarray, y: np.ndarray) -> dict[str, float]:
+    """Return the area under the ROC curve, and the share of defects among the best, without unsure labels."""
+    scores, is_bad = scores[y != 0.5], y[y != 0.5] > 0.5
+    ranks, n_bad = scores.argsort().argsort() + 1, int(is_bad.sum())
+    auc = (ranks[is_bad].sum() - n_bad * (n_bad + 1) / 2) / (n_bad * (len(is_bad) - n_bad))
+    order = is_bad[scores.argsort()]
+    best = {f"bad_among_best_{share}": round(float(order[: int(share * len(order))].mean()), 4) for share in (0.65, 0.75)}
+    return {"n": len(is_bad), "n_bad": n_bad, "auc": round(float(auc), 4), **best}
+
+
+def main() -> None:
+    """Prepare, train twice, measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with the packs as zip")
+    parser.add_argument("--masks", type=Path, required=True, help="folder that holds a folder of masks for each pack")
+    parser.add_argument("--labels", type=Path, default=Path("data/mask_classifier/labels.json"))
+    parser.add_argument("--aspect", type=float, default=1.4, help="width by height of the photos when they were taken")
+    parser.add_argument("--n_photos", type=int, default=9000, help="photos of each pack that are spoiled")
+    parser.add_argument("--epochs", nargs=2, type=int, default=(4, 5), help="of both steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder for model.safetensors and config.json")
+    arguments = parser.parse_args()
+    start, rng = time.monotonic(), np.random.default_rng(arguments.seed)
+    labels = load_json(arguments.labels)
+    labelled = describe_photos(arguments.data, arguments.masks, arguments.aspect, set(labels), len(labels))
+    photos = describe_photos(arguments.data, arguments.masks, arguments.aspect, None, arguments.n_photos)
+    x, y = np.stack([hide_surroundings(one) for one in labelled.values()]), np.array([labels[name] for name in labelled], float)
+    clean, spoiled = make_pairs(list(photos.values()), rng)
+    toys = make_pairs(render_toys(160, rng), rng)
+    pairs = tuple(np.concatenate([one, toy, toy]) for one, toy in zip((clean, spoiled), toys))
+    net = pretrain(clean, spoiled, arguments.epochs[0], arguments.seed)
+    is_held = np.arange(len(x)) % 5 == 0
+    part = fit_labels(net, x[~is_held], y[~is_held], pairs, arguments.epochs[1], arguments.seed)
+    report = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum()), "n_spoiled": len(clean), "n_toys": len(toys[0])}
+    report["held_out"] = measure(score_all(part, x[is_held]), y[is_held])
+    final = fit_labels(net, x, y, pairs, arguments.epochs[1], arguments.seed)
+    config = {"kind": "mask classifier", "widths": list(final.widths), "report": report}
+    save_weights(final, arguments.out, config, half=True)
+    print(describe_command(), describe_environment()["commit"], report, f"{time.monotonic() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
