@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from carproto.app.body import edit_recipe, fit_body
 from carproto.app.live_page import add_runtime, export_pair, find_runtime, write_page
 from carproto.app.pipeline import CarPipeline
 from carproto.blend.recipe import load_recipe
@@ -37,13 +38,19 @@ def pipeline():
 
 
 @pytest.fixture(scope="module")
-def site(pipeline, tmp_path_factory):
+def editor(pipeline):
+    """A quick editor of the toy pair."""
+    return fit_body(pipeline, n=600, steps=300)
+
+
+@pytest.fixture(scope="module")
+def site(pipeline, editor, tmp_path_factory):
     """A folder with the page two levels down, as on a subpath of a static server."""
     pytest.importorskip("onnx")
     folder = tmp_path_factory.mktemp("site") / "docs" / "live"
     even = [i / 10 for i in range(11)]
     path = {"labels": even, "latent": even, "coarse": [w**2 for w in even], "fine": even}
-    export_pair(pipeline, folder, "toy64", path=path, card="Toy cars, rendered.")
+    export_pair(pipeline, folder, "toy64", path=path, editor=editor, card="Toy cars, rendered.")
     write_page(folder)
     try:
         add_runtime(folder, find_runtime(os.environ.get("CARPROTO_ORT_WEB")))
@@ -167,6 +174,56 @@ def test_recipe_of_python_opens(page, pipeline, tmp_path):
     assert np.abs(pixels(page).astype(int) - theirs.astype(int)).max() <= 1
 
 
+def set_edit(page, name: str, share: float):
+    """Move a body slider, as a hand does."""
+    page.evaluate(
+        """([name, share]) => {
+            const slider = document.querySelector(`#edit-${name}`);
+            slider.value = share;
+            slider.dispatchEvent(new Event('input'));
+            slider.dispatchEvent(new Event('change'));
+        }""",
+        [name, share],
+    )
+    wait_for_rest(page)
+
+
+def test_body_sliders_edit_as_python_does(page, pipeline, editor, tmp_path):
+    """The page solves for the same latents, its recipe keeps the amounts, opening it sets the sliders, reset takes them back."""
+    plain = save_recipe(page, tmp_path / "plain.json")
+    before = pixels(page)
+    set_edit(page, "height", -0.3)
+    edited = save_recipe(page, tmp_path / "edited.json")
+    amount = edited["edits"]["amounts"]["height"]
+    assert amount == pytest.approx(-0.15 * (editor.high - editor.low)[0].item(), rel=1e-4)
+    ours = edit_recipe(load_recipe(tmp_path / "plain.json"), editor, {"height": amount})
+    for name in ("z_a", "z_b"):
+        assert torch.allclose(torch.tensor(edited[name]), torch.tensor(getattr(ours, name)), atol=2e-3)
+        assert edited["edits"][name] == plain[name]
+    recipe = load_recipe(tmp_path / "edited.json")
+    theirs = to_bytes(recipe.generate(*pipeline.generators)[[recipe.shown]])[0].permute(1, 2, 0).numpy()
+    assert np.abs(pixels(page).astype(int) - theirs.astype(int)).max() <= 1
+    assert (pixels(page) != before).any()
+    page.click("#reset")
+    wait_for_rest(page)
+    assert (pixels(page) == before).all()
+    assert open_recipe(page, json.dumps(edited)) == "The recipe is open."
+    wait_for_rest(page)
+    assert float(page.input_value("#edit-height")) == pytest.approx(-0.3, abs=0.011)
+    page.click("#reset")
+    wait_for_rest(page)
+
+
+def test_edit_beyond_what_was_seen_ends_there_and_says_so(page):
+    limit = page.locator('.edit[data-name="height"] .limit')
+    set_edit(page, "height", 1)
+    set_edit(page, "height", -1)
+    assert limit.is_visible() and "limit of the cars that were seen" in limit.text_content()
+    page.click("#reset")
+    wait_for_rest(page)
+    assert not limit.is_visible()
+
+
 def test_mistakes_in_recipes_are_named(page, tmp_path):
     good = save_recipe(page, tmp_path / "recipe.json")
     before = pixels(page)
@@ -178,7 +235,8 @@ def test_mistakes_in_recipes_are_named(page, tmp_path):
         "path slerp": json.dumps({**good, "mode": "slerp"}),
         "labels rise": json.dumps({**good, "labels": good["labels"][::-1]}),
         "index of a frame": json.dumps({**good, "shown": 99}),
-        "which this page cannot": json.dumps({**good, "edits": {"wings": 1}}),
+        "which this page cannot": json.dumps({**good, "edits": {"amounts": {"wings": 1}, "z_a": good["z_a"], "z_b": good["z_b"]}}),
+        "edits hold amounts": json.dumps({**good, "edits": {"wings": 1}}),
     }
     for text, content in mistakes.items():
         assert text in open_recipe(page, content)
@@ -186,7 +244,7 @@ def test_mistakes_in_recipes_are_named(page, tmp_path):
 
 
 def test_new_car_and_same_car(page):
-    names = page.locator("[data-name]")
+    names = page.locator(".end [data-name]")
     before = names.all_text_contents()
     page.click('[data-end="b"] [data-new]')
     wait_for_rest(page)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .body import edit_recipe, parse_edits
 from .options import Blend, Encode
 from .pipeline import CarPipeline
 from ..blend.interpolate import check_intensities
@@ -19,6 +20,7 @@ from ..data.dataset import open_cars
 from ..data.heldout import open_both
 from ..files import save_json
 from ..images import to_tensor
+from ..latent.edit import load_editor
 from ..latent.train_encoder import train_encoder
 from ..viz import image_grid, save_picture
 
@@ -170,6 +172,8 @@ def blend(
     else:
         pipeline = CarPipeline.from_parts(options.common, options.futuristic, metric=None)
         recipe = load_recipe(options.recipe)
+    if options.edit is not None:
+        recipe = edit_recipe(recipe, load_editor(options.editor, pipeline.fingerprints[0]), parse_edits(options.edit))
     frames = recipe.generate(*pipeline.generators)
     save_blend(recipe, frames, options.out)
     print(f"{len(frames)} frames, strip.png, blend.gif, blend.webp and recipe.json are in {options.out}")

@@ -13,20 +13,23 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 
 import numpy as np
 import torch
 
+from .body import describe_attribute, find_body, find_measure, fit_body
 from .options import Export
 from .pipeline import CarPipeline
-from ..blend.calibrate import calibrate
 from ..blend.interpolate import blend_frames
 from ..blend.onnx_graph import OPSET, compare_with_pytorch, write_graph
+from ..blend.speed import plan_speed
 from ..config import CarprotoError
 from ..core import sample_latents
 from ..files import atomic_path, cache_folder, save_json
+from ..latent.edit import DAMPING, N_STEPS, LatentEditor, save_editor
 from ..releases import hash_file
 from ..weights import find_weights
 
@@ -34,11 +37,11 @@ from ..weights import find_weights
 def average_path(
     pipeline: CarPipeline,  # with both generators
     *,
-    n_pairs: int = 8,  # random pairs that are calibrated; 0 keeps straight lines
+    n_pairs: int = 8,  # random pairs that are measured; 0 keeps straight lines
     n: int = 17,  # images of a pair
     seed: int = 1000,  # of the pairs
 ) -> dict[str, list[float]]:  # "labels", "latent", "coarse" and "fine", each rising from 0 to 1
-    "Average the calibrated paths of random pairs; straight lines where futurism is not measured."
+    "Average the speed plans of random pairs; straight lines where futurism is not measured."
     labels = torch.linspace(0, 1, 11)
     paths = []
     for i in range(n_pairs if pipeline.futurism is not None else 0):
@@ -47,8 +50,8 @@ def average_path(
         def frames(w: torch.Tensor, ends: torch.Tensor = ends) -> torch.Tensor:
             return blend_frames(*pipeline.generators, *ends, w)
 
-        paths.append(calibrate(frames, pipeline.futurism, n=n, perceptual=pipeline.perceptual)(labels))
-    raw = (torch.stack(paths).mean(0) if paths else labels).tolist()
+        paths.append(plan_speed(frames, pipeline.futurism, n=n, perceptual=pipeline.perceptual)(labels))
+    raw = ((torch.stack(paths).mean(0) + labels) / 2 if paths else labels).tolist()
     return {"labels": labels.tolist(), "latent": raw, "coarse": raw, "fine": raw}
 
 # %% ../../nbs/8_app/34_live_page.ipynb #1795c4a5
@@ -60,7 +63,7 @@ def describe_pair(
     name: str,  # of the release, shown on the page
     *,
     path: Mapping[str, list[float]] | None = None,  # from `average_path`; None plans one
-    attributes: list[dict] | None = None,  # edit directions; None for none
+    editor: LatentEditor | None = None,  # of the common generator; None shows no body sliders
     card: str = "",  # what the weights were made of, in one paragraph
 ) -> dict:  # as JSON holds it
     "Describe a pair for its page."
@@ -80,12 +83,28 @@ def describe_pair(
         "futuristic": fingerprints[1],
         "path": dict(path or average_path(pipeline)),
         "start": [pipeline.seed, pipeline.seed + 1],
-        "attributes": attributes or [],
+        "editor": editor and _describe_editor(editor),
         "card": card,
         "latents": base64.b64encode(latents.astype("<f4").tobytes()).decode(),
     }
 
-# %% ../../nbs/8_app/34_live_page.ipynb #26fedc17
+# %% ../../nbs/8_app/34_live_page.ipynb #13323f5c
+def _describe_editor(editor: LatentEditor) -> dict:
+    "Describe an editor, as JSON holds it."
+    layers = [layer for layer in editor.net if isinstance(layer, torch.nn.Linear)]
+    numbers = torch.cat([part.detach().flatten() for layer in layers for part in (layer.weight, layer.bias)]).numpy()
+    columns = {name: getattr(editor, name).tolist() for name in ("mean", "spread", "low", "high", "response")}
+    return {
+        "names": list(editor.names),
+        "shown": [asdict(describe_attribute(name)) for name in editor.names],
+        "sizes": [layers[0].in_features, *(layer.out_features for layer in layers)],
+        "weights": base64.b64encode(numbers.astype("<f4").tobytes()).decode(),
+        "steps": N_STEPS,
+        "damping": DAMPING,
+        **columns,
+    }
+
+# %% ../../nbs/8_app/34_live_page.ipynb #cd8679db
 def export_pair(
     pipeline: CarPipeline,  # with both generators
     folder: str | Path,  # made if missing; gets pair.onnx and pair.json
@@ -99,7 +118,7 @@ def export_pair(
     save_json({**description, "sha256": hash_file(path), "has_webgpu": True}, path.with_suffix(".json"))
     return path
 
-# %% ../../nbs/8_app/34_live_page.ipynb #e59801e9
+# %% ../../nbs/8_app/34_live_page.ipynb #0b7cb38d
 RUNTIME = "onnxruntime-web@1.30.0"  # package and version, MIT licence
 RUNTIME_FILES = {  # file in dist/: its SHA-256; the first three run on a CPU, the others on a GPU
     "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
@@ -132,7 +151,7 @@ def find_runtime(
         (temporary.parent / result.stdout.strip().split()[-1]).replace(temporary)
     return archive
 
-# %% ../../nbs/8_app/34_live_page.ipynb #f83c292e
+# %% ../../nbs/8_app/34_live_page.ipynb #43e283ea
 _MAX_BYTES = 100_000_000  # of one file of the runtime
 
 
@@ -167,7 +186,7 @@ def _read_runtime(source: Path, name: str) -> bytes:
     except (OSError, KeyError, tarfile.TarError) as error:
         raise CarprotoError(f"{source} holds no {name}: get it with `npm pack {RUNTIME}`") from error
 
-# %% ../../nbs/8_app/34_live_page.ipynb #ba1265af
+# %% ../../nbs/8_app/34_live_page.ipynb #2021b9df
 _IS_MODULE = "__file__" in globals()  # not so in a notebook
 _FILES = Path(__file__).parent / "live" if _IS_MODULE else Path("../../carproto/app/live")  # of the page
 PAGE_FILES = ("index.html", "page.css", "page.js", "model.js", "worker.js")
@@ -182,7 +201,7 @@ def write_page(
             temporary.write_bytes((_FILES / name).read_bytes())
     return Path(folder) / "index.html"
 
-# %% ../../nbs/8_app/34_live_page.ipynb #b1e51f9f
+# %% ../../nbs/8_app/34_live_page.ipynb #cdf02300
 MIN_SHARE = 0.999  # of pixels within 1 of 255 of PyTorch's
 
 
@@ -209,7 +228,8 @@ def export(
     folder = Path(options.page or options.out)
     name = Path(options.pipeline).name
     card = read_card(options.pipeline)
-    graph = export_pair(pipeline, folder, name, path=average_path(pipeline, n_pairs=options.n_pairs), card=card)
+    path = average_path(pipeline, n_pairs=options.n_pairs)
+    graph = export_pair(pipeline, folder, name, path=path, editor=_editor(pipeline, options, folder), card=card)
     print(f"{graph}: {graph.stat().st_size / 1e6:.1f} MB, opset {OPSET}")
     if options.n_check:
         _check(graph, pipeline, options.n_check)
@@ -218,6 +238,17 @@ def export(
         n_bytes = add_runtime(folder, find_runtime(options.runtime))
         print(f"the page is in {folder}, with {n_bytes / 1e6:.0f} MB of {RUNTIME}; to see it:")
         print(f"python -m http.server --directory {quote(str(folder))}    # then open http://localhost:8000")
+
+
+def _editor(pipeline: CarPipeline, options: Export, folder: Path) -> LatentEditor | None:
+    "Find or fit the editor of a pipeline; None where its cars cannot be measured."
+    if not options.n_edit:
+        return None
+    editor = find_body(pipeline, options.pipeline)
+    if editor is None and find_measure(pipeline) is not None:
+        editor = fit_body(pipeline, n=options.n_edit)
+        print(f"body edits of {', '.join(editor.names)} are in {save_editor(editor, folder / 'editor')}")
+    return editor
 
 
 def _check(graph: Path, pipeline: CarPipeline, n: int) -> None:

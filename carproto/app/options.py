@@ -210,6 +210,8 @@ class Blend:
     calibrate_by: PathText | None = None  # even steps of futurism by toys, or a probe's folder; None: uncalibrated
     backbone: PathText | None = None  # MobileNetV2 file of the probe's features; None where it needs none
     recipe: PathText | None = None  # recipe.json whose frames are generated again; None blends car_a and car_b
+    edit: str | None = None  # body edits of both cars, such as height=-0.05,lightness=20; None edits nothing
+    editor: PathText | None = None  # folder of an editor, or a release such as toy64/editor; --edit needs it
     fit: Fit | None = None  # how a photo becomes square; None takes what the weights say
     extrapolate: bool = False  # allow intensities outside 0 to 1
     refine: InvertConfig = PHOTO_INVERSION
@@ -217,6 +219,8 @@ class Blend:
     def __post_init__(self):
         if self.recipe is None and (self.car_a is None or self.car_b is None):
             raise CarprotoError("two cars are needed, or --recipe: name photos, or seeds such as seed:7")
+        if self.edit is not None and self.editor is None:
+            raise CarprotoError("--edit needs an editor: name its folder with --editor, as carproto export makes it")
 
 
 @dataclass(frozen=True)
@@ -246,10 +250,11 @@ class Export:
     runtime: PathText | None = None  # onnxruntime-web: archive of npm, or folder; None asks npm
     n_check: int = 200  # blends that are compared with PyTorch; 0 compares none
     n_pairs: int = 8  # pairs whose calibrated paths are averaged; 0 keeps straight lines
+    n_edit: int = 4000  # generated cars to fit body sliders on, where the release has none; 0 leaves them out
     backbone: PathText | None = None  # MobileNetV2 file of the futurism probe; None where it needs none
 
     def __post_init__(self):
-        check_numbers({"n_check": self.n_check, "n_pairs": self.n_pairs})
+        check_numbers({"n_check": self.n_check, "n_pairs": self.n_pairs, "n_edit": self.n_edit})
 
 # %% ../../nbs/8_app/30_options.ipynb #2e8d952d
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class BlendRecipe:
     channel_gains_a: list[float] | None = None  # of the first car, from `invert`; None is 1
     channel_gains_b: list[float] | None = None  # of the second car
     shown: int | None = None  # index of the frame on view; None for all
+    edits: dict | None = None  # "amounts" by attribute, and "z_a" and "z_b" before the edit; None where nothing was edited
 
     def generate(
         self,
@@ -113,6 +114,14 @@ def _are_numbers(value: object) -> bool:
     "Return whether `value` is a list of one or more finite numbers."
     return isinstance(value, list) and bool(value) and all(type(v) in (int, float) and abs(v) < 1e9 for v in value)
 
+
+def _are_edits(value: object, z_dim: int) -> bool:
+    "Return whether `value` holds amounts by name, and two latents."
+    if not isinstance(value, dict) or set(value) != {"amounts", "z_a", "z_b"} or not isinstance(value["amounts"], dict):
+        return False
+    latents = [value["z_a"], value["z_b"]]
+    return _are_numbers(list(value["amounts"].values())) and all(_are_numbers(z) and len(z) == z_dim for z in latents)
+
 # %% ../../nbs/7_blend/04_recipe.ipynb #c0d7e5b2
 def load_recipe(
     source: str | Path | bytes,  # a recipe.json, or its content
@@ -145,6 +154,8 @@ def load_recipe(
     words = [text.get(key, "") for key in ("car_a", "car_b", "common", "futuristic")]
     if not all(isinstance(word, str) for word in words) or not (shown is None or type(shown) is int and 0 <= shown < n):
         raise CarprotoError(f"{name} is broken: cars and fingerprints are words, shown is the index of a frame")
+    if text.get("edits") is not None and not _are_edits(text["edits"], len(text["z_a"])):
+        raise CarprotoError(f"{name} is broken: edits hold amounts by name, and z_a and z_b before the edit")
     return BlendRecipe(**text)
 
 # %% ../../nbs/7_blend/04_recipe.ipynb #f98b1dd5

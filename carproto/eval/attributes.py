@@ -99,12 +99,12 @@ ATTRIBUTES = {
     "cabin": Attribute("Cabin position", **_SHARE),
     "lightness": Attribute("Paint: lightness", ""),
     "red_green": Attribute("Paint: green to red", ""),
-    "yellow_blue": Attribute("Paint: blue to yellow", ""),
+    "yellow_blue": Attribute("Paint: cool to warm", ""),
     "deck": Attribute("Deck length", **_SHARE),
     "clearance": Attribute("Ground clearance", **_SHARE),
     "wheelbase": Attribute("Wheelbase", **_SHARE),
 }
-EDITABLE = ("height", "hood", "cabin", "lightness", "red_green", "yellow_blue")  # those that are measured well in each view
+EDITABLE = ("height", "hood", "cabin", "lightness", "yellow_blue")  # measured well in each view, and free of each other
 
 # %% ../../nbs/5_eval/05_attributes.ipynb #6a77d924
 def _wheelbase(outline: _Outline) -> torch.Tensor:

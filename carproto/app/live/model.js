@@ -23,34 +23,113 @@ export function intensitiesAt(path, position) {
   return { latent, generator: [coarse, fine] };
 }
 
-// attributes: [{name, direction, amounts, steps}]; a step of 1 adds the direction once
-export function applyEdits(z, edits, attributes) {
-  const edited = [...z];
-  for (const { name, direction, amounts, steps } of attributes) {
-    if (!edits[name]) continue;
-    const step = interpolate(amounts, steps, edits[name]);
-    direction.forEach((value, i) => { edited[i] += step * value; });
-  }
-  return edited;
+// The editor predicts attributes with two hidden layers; see carproto.latent.edit. A matrix is a list of rows.
+
+export function decodeEditor(about) {
+  if (!about) return null;
+  const bytes = Uint8Array.from(atob(about.weights), (character) => character.charCodeAt(0));
+  const numbers = new Float32Array(bytes.buffer);
+  let start = 0;
+  const layers = about.sizes.slice(1).map((nOut, k) => {
+    const nIn = about.sizes[k];
+    const weight = Array.from({ length: nOut }, (_, i) => numbers.subarray(start + i * nIn, start + (i + 1) * nIn));
+    start += nOut * nIn;
+    const bias = numbers.subarray(start, start + nOut);
+    start += nOut;
+    return { weight, bias };
+  });
+  return { ...about, layers };
 }
 
-export function clampEdits(edits, attributes) {
-  const clamped = {};
-  const notes = [];
-  for (const [name, amount] of Object.entries(edits)) {
-    const attribute = attributes.find((row) => row.name === name);
-    if (!attribute) throw new PageError(`This recipe edits ${name}, which this page cannot.`);
-    const { amounts, label } = attribute;
-    clamped[name] = Math.min(Math.max(amount, amounts[0]), amounts[amounts.length - 1]);
-    if (clamped[name] !== amount) notes.push(`${label} ${amount} is beyond the cars that were seen; ${clamped[name].toFixed(2)} is shown.`);
+function dot(a, b) {
+  let sum = 0;
+  for (let i = 0; i < a.length; i += 1) sum += a[i] * b[i];
+  return sum;
+}
+
+// Returns the standardised attributes of a latent and their Jacobian, one row an attribute.
+export function predict({ layers }, z) {
+  let h = z;
+  const slopes = [];
+  layers.forEach(({ weight, bias }, k) => {
+    h = weight.map((row, i) => dot(row, h) + bias[i]);
+    if (k < layers.length - 1) {
+      h = h.map(Math.tanh);
+      slopes.push(h.map((value) => 1 - value * value));
+    }
+  });
+  let jacobian = layers[layers.length - 1].weight.map((row) => Array.from(row));
+  for (let k = layers.length - 2; k >= 0; k -= 1) {
+    const { weight } = layers[k];
+    const nIn = weight[0].length;
+    jacobian = jacobian.map((row) => {
+      const out = new Array(nIn).fill(0);
+      row.forEach((value, i) => {
+        const factor = value * slopes[k][i];
+        for (let n = 0; n < nIn; n += 1) out[n] += factor * weight[i][n];
+      });
+      return out;
+    });
   }
-  return { edits: clamped, notes };
+  return { values: h, jacobian };
+}
+
+// Solves a small symmetric positive system by elimination.
+function solve(matrix, right) {
+  const rows = matrix.map((row, i) => [...row, right[i]]);
+  rows.forEach((pivot, i) => {
+    for (let j = i + 1; j < rows.length; j += 1) {
+      const factor = rows[j][i] / pivot[i];
+      for (let k = i; k <= rows.length; k += 1) rows[j][k] -= factor * pivot[k];
+    }
+  });
+  const x = new Array(rows.length).fill(0);
+  for (let i = rows.length - 1; i >= 0; i -= 1) {
+    let sum = rows[i][rows.length];
+    for (let k = i + 1; k < rows.length; k += 1) sum -= rows[i][k] * x[k];
+    x[i] = sum / rows[i][i];
+  }
+  return x;
+}
+
+const clampTo = (value, low, high) => Math.min(Math.max(value, low), high);
+
+// amounts: change of each attribute in its unit. Returns the edited latent, and the attributes that end at the cars that were seen.
+export function applyEdits(z, amounts, editor) {
+  const wishes = editor ? editor.names.map((name) => amounts[name] ?? 0) : [];
+  if (!wishes.some((wish) => wish !== 0)) return { z, clamped: [] };
+  const { mean, spread, low, high, response } = editor;
+  const start = predict(editor, z).values;
+  const clamped = [];
+  const goal = wishes.map((wish, k) => {
+    const now = start[k] * spread[k] + mean[k];
+    const change = clampTo(wish, Math.min(low[k] - now, 0), Math.max(high[k] - now, 0));
+    if (Math.abs(change - wish) > 1e-6 + 1e-5 * Math.abs(wish)) clamped.push(editor.names[k]);
+    return start[k] + change / (spread[k] * response[k]);
+  });
+  let moved = Array.from(z);
+  for (let step = 0; step < editor.steps; step += 1) {
+    const { values, jacobian } = predict(editor, moved);
+    const square = jacobian.map((row, i) => jacobian.map((other, j) => dot(row, other) + (i === j ? editor.damping : 0)));
+    const weights = solve(square, goal.map((value, k) => value - values[k]));
+    moved = moved.map((value, n) => value + jacobian.reduce((sum, row, k) => sum + row[n] * weights[k], 0));
+  }
+  return { z: moved, clamped };
 }
 
 const isNumbers = (value) => Array.isArray(value) && value.length > 0 && value.every((v) => typeof v === 'number' && Math.abs(v) < 1e9);
 const LISTS = ['z_a', 'z_b', 'latent', 'labels'];
 const FIELDS = ['z_a', 'z_b', 'latent', 'generator', 'labels', 'levels', 'mode', 'car_a', 'car_b', 'common', 'futuristic', 'channel_gains_a',
   'channel_gains_b', 'shown', 'edits'];
+
+function checkEdits({ amounts, z_a, z_b }, pair) {
+  const isRight = (z) => isNumbers(z) && z.length === pair.z_dim;
+  if (!isRight(z_a) || !isRight(z_b) || typeof amounts !== 'object' || amounts === null || !isNumbers(Object.values(amounts))) {
+    throw new PageError('This recipe is broken: edits hold amounts, and both latents before the edit.');
+  }
+  const unknown = Object.keys(amounts).filter((name) => !pair.editor?.names.includes(name));
+  if (unknown.length) throw new PageError(`This recipe edits ${unknown.join(', ')}, which this page cannot.`);
+}
 
 export function parseRecipe(text, pair) {
   let recipe;
@@ -84,24 +163,23 @@ export function parseRecipe(text, pair) {
   if ((recipe.mode ?? 'norm') !== 'norm') {
     throw new PageError(`This recipe takes the path ${recipe.mode} between its latents: this page shows the path norm. Use carproto blend --recipe.`);
   }
-  const edits = recipe.edits ?? {};
-  if (typeof edits !== 'object' || Array.isArray(edits) || !Object.values(edits).every((v) => typeof v === 'number' && Number.isFinite(v))) {
-    throw new PageError('This recipe is broken: edits are numbers by name.');
-  }
+  const edits = recipe.edits ?? null;
+  if (edits !== null) checkEdits(edits, pair);
   const { shown } = recipe;
   if (!(shown === null || shown === undefined || (Number.isInteger(shown) && shown >= 0 && shown < n))) {
     throw new PageError('This recipe is broken: shown is the index of a frame.');
   }
-  return { ...recipe, edits, generator: rows };
+  return { ...recipe, generator: rows };
 }
 
 export function writeRecipe(state, pair) {
   const labels = [...new Set([...Array(11).keys()].map((i) => i / 10).concat(state.position))].sort((x, y) => x - y);
   const rows = labels.map((label) => intensitiesAt(state.path, label));
-  const edits = Object.fromEntries(Object.entries(state.edits).filter(([, amount]) => amount !== 0));
+  const amounts = Object.fromEntries(Object.entries(state.edits).filter(([, amount]) => amount !== 0));
+  const [z_a, z_b] = [state.a, state.b].map((car) => applyEdits(car.z, amounts, pair.editor).z);
   return {
-    z_a: applyEdits(state.a.z, state.edits, pair.attributes),
-    z_b: applyEdits(state.b.z, state.edits, pair.attributes),
+    z_a,
+    z_b,
     latent: rows.map((row) => row.latent),
     generator: rows.map((row) => row.generator),
     labels,
@@ -114,6 +192,6 @@ export function writeRecipe(state, pair) {
     channel_gains_a: state.a.gains,
     channel_gains_b: state.b.gains,
     shown: labels.indexOf(state.position),
-    ...(Object.keys(edits).length ? { edits } : {}),
+    ...(Object.keys(amounts).length ? { edits: { amounts, z_a: state.a.z, z_b: state.b.z } } : {}),
   };
 }

@@ -1,6 +1,6 @@
 // The page: state, controls and canvases. The graph runs in worker.js.
 
-import { applyEdits, clampEdits, decodeLatents, intensitiesAt, PageError, parseRecipe, writeRecipe } from './model.js';
+import { applyEdits, decodeEditor, decodeLatents, intensitiesAt, PageError, parseRecipe, writeRecipe } from './model.js';
 
 const N_FRAMES = 9;
 const find = (selector) => document.querySelector(selector);
@@ -55,8 +55,19 @@ function paint(canvas, pixels) {
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
+let edited = { key: null };
+
+function editCars() {
+  const key = JSON.stringify([state.a.z, state.b.z, state.edits]);
+  if (key === edited.key) return edited;
+  const [a, b] = [state.a, state.b].map((car) => applyEdits(car.z, state.edits, pair.editor));
+  edited = { key, z_a: a.z, z_b: b.z };
+  showClamped([...new Set([...a.clamped, ...b.clamped])]);
+  return edited;
+}
+
 function inputsAt(position) {
-  const [z_a, z_b] = [state.a.z, state.b.z].map((z) => applyEdits(z, state.edits, pair.attributes));
+  const { z_a, z_b } = editCars();
   return { z_a, z_b, ...intensitiesAt(state.path, position), levels: state.levels, gains_a: state.a.gains, gains_b: state.b.gains };
 }
 
@@ -156,14 +167,10 @@ function saveFile(name, blob) {
 async function openRecipe(file) {
   if (file.size > 4_000_000) throw new PageError('This file is larger than 4 MB: open a recipe.json that carproto wrote.');
   const recipe = parseRecipe(await file.text(), pair);
-  const { edits, notes } = clampEdits(recipe.edits, pair.attributes);
-  const minus = (z) => {
-    const moved = applyEdits(z.map(() => 0), edits, pair.attributes);
-    return z.map((value, i) => value - moved[i]);
-  };
-  state.a = { z: minus(recipe.z_a), gains: recipe.channel_gains_a ?? null, name: recipe.car_a || 'car of the recipe' };
-  state.b = { z: minus(recipe.z_b), gains: recipe.channel_gains_b ?? null, name: recipe.car_b || 'car of the recipe' };
-  state.edits = edits;
+  const { edits } = recipe;
+  state.a = { z: edits?.z_a ?? recipe.z_a, gains: recipe.channel_gains_a ?? null, name: recipe.car_a || 'car of the recipe' };
+  state.b = { z: edits?.z_b ?? recipe.z_b, gains: recipe.channel_gains_b ?? null, name: recipe.car_b || 'car of the recipe' };
+  state.edits = { ...edits?.amounts };
   state.levels = recipe.levels ?? null;
   if (recipe.labels.length > 1) {
     const [coarse, fine] = [0, 1].map((k) => recipe.generator.map((row) => row[k]));
@@ -171,7 +178,7 @@ async function openRecipe(file) {
   }
   find('#same').checked = false;
   showEdits();
-  say(['The recipe is open.', ...notes].join(' '));
+  say('The recipe is open.');
   state.position = Math.min(1, Math.max(0, recipe.labels[recipe.shown ?? Math.floor(recipe.labels.length / 2)]));
   slider.value = state.position;
   showAll();
@@ -179,35 +186,45 @@ async function openRecipe(file) {
 
 // body sliders
 
-function formatAmount({ decimals, unit }, amount) {
+function formatAmount({ decimals, unit, scale }, amount) {
   const sign = amount > 0 ? '+' : amount < 0 ? '\u2212' : '';
-  return `${sign}${Math.abs(amount).toFixed(decimals)}${unit}`;
+  return `${sign}${Math.abs(amount * scale).toFixed(decimals)}${unit}`;
+}
+
+function showClamped(names) {
+  document.querySelectorAll('.edit').forEach((row) => {
+    row.querySelector('.limit').hidden = !names.includes(row.dataset.name);
+  });
 }
 
 function showEdits() {
-  find('.body').hidden = pair.attributes.length === 0;
-  const rows = pair.attributes.map((attribute) => {
+  find('.body').hidden = !pair.editor;
+  const rows = (pair.editor?.names ?? []).map((name, k) => {
+    const { shown, low, high } = pair.editor;
     const row = document.createElement('div');
     row.className = 'edit';
-    const id = `edit-${attribute.name}`;
-    const label = Object.assign(document.createElement('label'), { htmlFor: id, textContent: attribute.label });
+    row.dataset.name = name;
+    const id = `edit-${name}`;
+    const label = Object.assign(document.createElement('label'), { htmlFor: id, textContent: shown[k].label });
     const output = document.createElement('output');
-    const input = Object.assign(document.createElement('input'), {
-      type: 'range', id, min: attribute.amounts[0], max: attribute.amounts[attribute.amounts.length - 1], step: 'any',
+    const half = (high[k] - low[k]) / 2;
+    const input = Object.assign(document.createElement('input'), { type: 'range', id, min: -1, max: 1, step: 0.02, value: 0 });
+    input.value = (state.edits[name] ?? 0) / half;
+    const limit = Object.assign(document.createElement('small'), {
+      className: 'limit', hidden: true, textContent: 'at the limit of the cars that were seen',
     });
-    input.value = state.edits[attribute.name] ?? 0;
     const update = () => {
-      output.textContent = formatAmount(attribute, Number(input.value));
+      output.textContent = formatAmount(shown[k], Number(input.value) * half);
       input.setAttribute('aria-valuetext', output.textContent);
     };
     input.addEventListener('input', () => {
-      state.edits[attribute.name] = Number(input.value);
+      state.edits[name] = Number(input.value) * half;
       update();
       showStage();
     });
     input.addEventListener('change', showAll);
     update();
-    row.append(label, output, input);
+    row.append(label, output, input, limit);
     return row;
   });
   find('.edits').replaceChildren(...rows);
@@ -281,8 +298,10 @@ async function start() {
   const query = new URLSearchParams(location.search);
   try {
     pair = await fetchPair();
+    const description = pair;
+    pair = { ...pair, editor: decodeEditor(pair.editor) };
     startWorker();
-    const { backend, threads, note } = await ask({ type: 'start', backend: query.get('backend'), hasGpuFiles: pair.has_webgpu, pair });
+    const { backend, threads, note } = await ask({ type: 'start', backend: query.get('backend'), hasGpuFiles: pair.has_webgpu, pair: description });
     latents = decodeLatents(pair.latents, pair.z_dim);
     state.path = pair.path;
     [state.a, state.b] = pair.start.map(carOf);

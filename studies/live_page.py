@@ -1,0 +1,122 @@
+"""Measure the exported pair and its live page: pixels and times against PyTorch, sizes, latency in Chromium, and what the body edits do.
+
+    python studies/live_page.py toy64                    # writes data/records/live_page.json
+    python studies/live_page.py toy64 runs/photo64       # further pipelines, each under the name of its folder
+
+Needs the extra `export`, Chromium and playwright, and npm or --runtime. Times mean something on a quiet machine only; the record keeps its load.
+"""
+import argparse
+import functools
+import http.server
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from _record import save_record
+from playwright.sync_api import sync_playwright
+
+from carproto.app.body import find_measure, fit_body
+from carproto.app.live_page import add_runtime, average_path, export_pair, find_runtime, write_page
+from carproto.app.pipeline import CarPipeline
+from carproto.blend.calibrate import perceptual_embedding
+from carproto.blend.onnx_graph import compare_with_pytorch
+from carproto.core import sample_latents
+from carproto.latent.edit import evaluate_edits
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+MOVE = """position => {
+    const slider = document.querySelector('#intensity');
+    slider.value = position;
+    slider.dispatchEvent(new Event('input'));
+}"""
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """A static server that says nothing."""
+
+    def log_message(self, *_):
+        pass
+
+
+def time_page(folder: Path, n: int) -> dict:
+    """Open the page in Chromium, move its slider, and return times in milliseconds."""
+    browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    handler = functools.partial(QuietHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as playwright:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser = playwright.chromium.launch(executable_path=browser_path, args=FLAGS)
+        page = browser.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.wait_for_selector("body[data-state=rest]")
+        first = page.evaluate("window.carproto.first")
+        page.evaluate("window.carproto.latencies.length = 0")
+        for i in range(n):
+            page.evaluate(MOVE, i / n)
+            page.wait_for_selector("body[data-state=rest]")
+        times = page.evaluate("window.carproto.latencies")
+        backend = page.evaluate("window.carproto.backend")
+        browser.close()
+        server.shutdown()
+    return {"backend": backend, "first_image_ms": round(first), "slider_ms": round(statistics.median(times), 1), "slowest_ms": round(max(times), 1)}
+
+
+@torch.no_grad()
+def same_car(pipeline: CarPipeline, editor, measure, n: int) -> float:
+    """Return the share of edits by one standard deviation whose image is closer to the car than two random cars mostly are."""
+    G = pipeline.common
+    z = sample_latents(n, G.z_dim, seed=42)
+    points = perceptual_embedding(G(z), pipeline.perceptual)
+    apart = (points - points.roll(1, 0)).square().sum(1).quantile(0.5)
+    close = []
+    for k, name in enumerate(editor.names):
+        moved = editor.edit_measured(z, {name: editor.spread[k].item()}, G, measure)
+        close.append((perceptual_embedding(G(moved), pipeline.perceptual) - points).square().sum(1) < apart)
+    return torch.cat(close).float().mean().item()
+
+
+def measure_pipeline(name: str, arguments: argparse.Namespace) -> dict:
+    """Export a pipeline and measure it."""
+    pipeline = CarPipeline.from_pretrained(name)
+    measured = find_measure(pipeline)
+    editor = None if measured is None else fit_body(pipeline, n=arguments.n_edit)
+    folder = Path(tempfile.mkdtemp()) / "page"
+    graph = export_pair(pipeline, folder, Path(name).name, path=average_path(pipeline), editor=editor)
+    write_page(folder)
+    page_mb = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    add_runtime(folder, find_runtime(arguments.runtime))
+    results = {"size": pipeline.common.size, "page_mb": round(page_mb, 2), "onnx": compare_with_pytorch(graph, *pipeline.generators, n=arguments.n)}
+    results["chromium"] = time_page(folder, 30)
+    if editor is not None:
+        for correct in (False, True):
+            rows = evaluate_edits(editor, pipeline.common, measured[0], n=arguments.n, correct=correct)
+            results["edits measured" if correct else "edits predicted"] = rows
+        results["same_car"] = same_car(pipeline, editor, measured[0], min(100, arguments.n))
+    results["load"] = os.getloadavg()[0]
+    return results
+
+
+def main() -> None:
+    """Measure, print and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pipelines", nargs="+", help="releases or folders with common/ and futuristic/")
+    parser.add_argument("--n", type=int, default=200, help="blends and edited cars")
+    parser.add_argument("--n_edit", type=int, default=4000, help="generated cars that an editor is fitted on")
+    parser.add_argument("--runtime", type=Path, help="onnxruntime-web: archive or folder; None asks npm")
+    parser.add_argument("--out", type=Path, default=Path("data/records/live_page.json"))
+    arguments = parser.parse_args()
+    record = {}
+    for name in arguments.pipelines:
+        start = time.monotonic()
+        record[Path(name).name] = measure_pipeline(name, arguments)
+        print(f"{name}, {time.monotonic() - start:.0f} s: {record[Path(name).name]}", flush=True)
+        save_record(record, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
