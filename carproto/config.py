@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_SEED', 'MAX_WIDTH', 'MAX_Z_DIM', 'Fit', 'BlendMode', 'Precision', 'AUGMENTATIONS', 'PHOTO_INVERSION',
-           'CarprotoError', 'check_size', 'check_seed', 'check_numbers', 'split_policy', 'TrainConfig',
+           'CarprotoError', 'check_size', 'check_seed', 'check_numbers', 'split_policy', 'TrainConfig', 'JointConfig',
            'FinetuneConfig', 'EncoderConfig', 'InvertConfig', 'DemoPlan']
 
 # %% ../nbs/0_base/00_config.ipynb #eff0fcb2
@@ -130,6 +130,28 @@ class TrainConfig:
             raise CarprotoError(
                 f"n_frozen is {self.n_frozen}: at {self.size} px choose 0 to {n_blocks}, which leaves the last layer"
             )
+
+# %% ../nbs/0_base/00_config.ipynb #a7e51b2c
+@dataclass(frozen=True)
+class JointConfig(TrainConfig):
+    "Options of tuning a generator and its encoder together; those of `TrainConfig` hold too."
+
+    encoder_width: int = 32  # channels of the encoder's first stage, a multiple of 8
+    lr_e: float = 2e-4  # Adam's learning rate of the encoder
+    lr_linear: float = 1e-3  # Adam's learning rate of the generator's first layer, which places latents anew
+    photo_batch: int = 16  # photos that are reconstructed in a step
+    pixel_weight: float = 80.0  # weight of the pixels' mean squared error
+    perceptual_weight: float = 4.0  # weight of the perceptual distance
+    white_weight: float = 0.15  # weight of the distance of the latents' mean and covariance from 0 and 1
+    channel_gain_weight: float = 1.0  # weight of the channel gains' mean squared distance from 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self, "encoder_width photo_batch", 1)
+        _check(self, "lr_e lr_linear", above=True)
+        _check(self, "pixel_weight perceptual_weight white_weight channel_gain_weight")
+        if self.encoder_width % 8:
+            raise CarprotoError(f"encoder_width is {self.encoder_width}: choose a multiple of 8")
 
 # %% ../nbs/0_base/00_config.ipynb #ffb04e82
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
     python studies/mask_classifier.py --data /photos --masks /masks --out /tmp/mask_classifier
 
-It reads data/mask_classifier/labels.json (1 for a defect, 0.5 for an unsure one, 0 for a good cut-out) and needs the masks that u2netp made of
+It reads data/mask_classifier/labels.json (1 for a defect, 0.5 for an unsure one, 0 for a good cut-out; 0.75 and 0.12 for labels of earlier
+cut-outs) and needs the masks that u2netp made of
 the packs' photos: `--masks` holds a folder of a pack's name for each pack, as studies/alignment.py takes them. Neither is part of the repository.
 
-First the network separates photos from copies of them whose mask lacks a part, or has one too many. Then it is fitted to the labels, mixed with toy
-cars and spoiled masks. It prints the area under the ROC curve on every fifth label, held out of a fit that serves only to measure it, and the
+First the network separates photos from copies of them whose mask lacks a part, or has one too many. Then it is fitted to the labels, mixed with
+these pairs, with photos into which a second car was pasted, and with toy cars. It prints the area under the ROC curve on every fifth label, held out of a fit that serves only to measure it, and the
 share of defects among the best 65 and 75 %; the weights written are fitted to all labels.
 """
 import argparse
@@ -111,16 +112,19 @@ def spoil(layers: np.ndarray, rng: np.random.Generator) -> np.ndarray | None:
         changed = ndimage.binary_fill_holes(main_part(changed)[0])
         if (changed ^ is_car).sum() < 0.012 * is_car.sum():
             continue
-        result = layers.copy()
-        near = ndimage.gaussian_filter((changed ^ is_car).astype(np.float32), 1) > 0.1
-        soft = ndimage.gaussian_filter(changed.astype(np.float32), 0.7)
-        result[..., 4] = np.where(near, 255 * soft, layers[..., 4])
-        softer = ndimage.gaussian_filter(changed.astype(np.float32), rng.uniform(0.8, 2.5))
-        weight = rng.uniform(0.5, 1)
-        blend = weight * 255 * softer + (1 - weight) * layers[..., 3]
-        result[..., 3] = np.where(near, blend, layers[..., 3]).clip(0, 255)
-        return fit_frame(result)
+        return set_mask(layers, changed, rng)
     return None
+
+
+def set_mask(layers: np.ndarray, changed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Change mask and opacity of layers where a mask (76, 96) differs, softly, and fit the frame again."""
+    result, values = layers.copy(), changed.astype(np.float32)
+    near = ndimage.gaussian_filter((changed ^ (layers[..., 4] > 127)).astype(np.float32), 1) > 0.1
+    result[..., 4] = np.where(near, 255 * ndimage.gaussian_filter(values, 0.7), layers[..., 4])
+    softer, weight = ndimage.gaussian_filter(values, rng.uniform(0.8, 2.5)), rng.uniform(0.5, 1)
+    blend = weight * 255 * softer + (1 - weight) * layers[..., 3]
+    result[..., 3] = np.where(near, blend, layers[..., 3]).clip(0, 255)
+    return fit_frame(result)
 
 
 def fit_frame(layers: np.ndarray) -> np.ndarray:
@@ -151,6 +155,43 @@ def render_toys(n: int, rng: np.random.Generator) -> list[np.ndarray]:
         mask = mask.filter(ImageFilter.GaussianBlur((0, 0.8, 1.3, 1.8)[rng.integers(4)]))
         layers.append(frame_layers(cut_car(picture, mask, size=CUT_SIDE), view == "front-right"))
     return layers
+
+
+def paste_car(layers: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
+    """Paste a smaller second car behind a car; return layers whose mask leaves it out, and layers whose mask takes it in."""
+    is_car = layers[..., 4] > 127
+    left, top, right, bottom = bounding_box(is_car)
+    scale = rng.uniform(0.35, 0.8)
+    width, height = int(96 * scale), int(76 * scale)
+    other = other[:, ::-1] if rng.random() < 0.5 else other
+    channels = [Image.fromarray(np.ascontiguousarray(other[..., c])).resize((width, height)) for c in (0, 1, 2, 4)]
+    ground = int(rng.uniform(top + 0.15 * (bottom - top), top + 0.75 * (bottom - top)))
+    x, y = int(rng.uniform(-0.6 * width, 96 - 0.4 * width)), ground - int(0.95 * height)
+    canvas = [Image.new("L", (96, 76)) for _ in channels]
+    for one, channel in zip(canvas, channels):
+        one.paste(channel, (x, y))
+    *colours, alpha = (np.asarray(one, np.float32) for one in canvas)
+    visible = alpha / 255 * (1 - layers[..., 4] / 255)
+    clean = layers.copy()
+    clean[..., :3] = layers[..., :3] * (1 - visible[..., None]) + np.dstack(colours) * visible[..., None]
+    clean[..., 5] = np.maximum(layers[..., 5], 255 * visible)
+    taken = visible > 0.5
+    if rng.random() < 0.5:
+        taken &= ndimage.binary_dilation(is_car, iterations=int(rng.integers(4, 12)))
+    changed = ndimage.binary_opening(ndimage.binary_fill_holes(main_part(is_car | taken)[0]), iterations=2)
+    return (clean, set_mask(clean, changed, rng)) if (changed & ~is_car).sum() >= 0.012 * is_car.sum() else None
+
+
+def paste_pairs(layers: list[np.ndarray], n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inputs of n pairs of `paste_car`, or of as many as fifty times that many tries give."""
+    pairs = []
+    for _ in tqdm(range(50 * n), desc="paste"):
+        first, second = rng.integers(0, len(layers), 2)
+        pair = paste_car(layers[first], layers[second], rng)
+        pairs += [] if pair is None else [tuple(map(hide_surroundings, pair))]
+        if len(pairs) == n:
+            break
+    return np.stack([one for one, _ in pairs]), np.stack([other for _, other in pairs])
 
 
 def make_pairs(layers: list[np.ndarray], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -211,11 +252,11 @@ def fit_labels(net: MaskClassifier, x: np.ndarray, y: np.ndarray, pairs: tuple, 
     n, n_mixed = 24, 8
     targets = torch.tensor(y, dtype=torch.float32).clamp(0.03, 0.97)
     mixed = torch.tensor([0.07] * n_mixed + [TARGETS["spoiled"]] * n_mixed)
-    weights = torch.tensor([1.0] * n + [0.35] * 2 * n_mixed)
+    certain = torch.tensor([0.5 if value in (0.12, 0.75) else 1.0 for value in y])  # less for labels of earlier cut-outs
 
     def make(chosen: np.ndarray) -> tuple:
         others = rng.integers(0, len(clean), n_mixed)
-        return np.concatenate([x[chosen], clean[others], spoiled[others]]), torch.cat([targets[chosen], mixed]), weights
+        return np.concatenate([x[chosen], clean[others], spoiled[others]]), torch.cat([targets[chosen], mixed]), torch.cat([certain[chosen], torch.full((2 * n_mixed,), 0.35)])
 
     orders = [rng.permutation(len(x)) for _ in range(epochs)]
     chosen = [order[start : start + n] for order in orders for start in range(0, len(x) - n + 1, n)]
@@ -247,7 +288,8 @@ def main() -> None:
     parser.add_argument("--labels", type=Path, default=Path("data/mask_classifier/labels.json"))
     parser.add_argument("--aspect", type=float, default=1.4, help="width by height of the photos when they were taken")
     parser.add_argument("--n_photos", type=int, default=9000, help="photos of each pack that are spoiled")
-    parser.add_argument("--epochs", nargs=2, type=int, default=(4, 5), help="of both steps")
+    parser.add_argument("--n_pasted", type=int, default=2000, help="photos into which a second car is pasted")
+    parser.add_argument("--epochs", nargs=2, type=int, default=(4, 8), help="of both steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True, help="folder for model.safetensors and config.json")
     arguments = parser.parse_args()
@@ -257,12 +299,14 @@ def main() -> None:
     photos = describe_photos(arguments.data, arguments.masks, arguments.aspect, None, arguments.n_photos)
     x, y = np.stack([hide_surroundings(one) for one in labelled.values()]), np.array([labels[name] for name in labelled], float)
     clean, spoiled = make_pairs(list(photos.values()), rng)
-    toys = make_pairs(render_toys(160, rng), rng)
-    pairs = tuple(np.concatenate([one, toy, toy]) for one, toy in zip((clean, spoiled), toys))
+    toys = make_pairs(render_toys(480, rng), rng)
+    pasted = paste_pairs(list(photos.values()), arguments.n_pasted, rng)
+    pairs = tuple(np.concatenate(several) for several in zip((clean, spoiled), toys, pasted))
     net = pretrain(clean, spoiled, arguments.epochs[0], arguments.seed)
     is_held = np.arange(len(x)) % 5 == 0
     part = fit_labels(net, x[~is_held], y[~is_held], pairs, arguments.epochs[1], arguments.seed)
-    report = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum()), "n_spoiled": len(clean), "n_toys": len(toys[0])}
+    sizes = {"n_spoiled": len(clean), "n_pasted": len(pasted[0]), "n_toys": len(toys[0])}
+    report = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum()), **sizes}
     report["held_out"] = measure(score_all(part, x[is_held]), y[is_held])
     final = fit_labels(net, x, y, pairs, arguments.epochs[1], arguments.seed)
     config = {"kind": "mask classifier", "widths": list(final.widths), "report": report}

@@ -464,7 +464,7 @@ def test_pick_from_the_album(released, work):
 def test_page_from_disk(browser, work):  # noqa: F811
     folder, twin = work
     path = twin.write(folder / "slide.html")
-    for width, scheme in ((1400, "light"), (900, "dark")):
+    for width, scheme in ((1400, "light"), (900, "dark"), (390, "light")):
         page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         asked, complaints = [], []
         page.on("request", lambda request, asked=asked: asked.append(request.url))
@@ -488,6 +488,9 @@ def test_page_from_disk(browser, work):  # noqa: F811
         page.get_by_role("button", name="Pause").click()
         assert 0 < int(slider.input_value()) < 40
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        card, play = (page.locator(part).bounding_box() for part in (".slider", "[data-play]"))
+        assert play["x"] + play["width"] < card["x"] + card["width"], "Play stands out of its card"
+        assert slider.bounding_box()["width"] > 250, "the slider is too short to move"
         page.screenshot(path=SHOTS / f"page_{width}_{scheme}.png", full_page=True)
         assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()] and not complaints
         page.close()

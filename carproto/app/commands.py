@@ -187,7 +187,7 @@ def _print_result(result: Result, hint: str) -> None:
     "Print the last and the best KID of a run, its files, and the next command; on the first process only."
     if int(os.environ.get("RANK", "0")) > 0:
         return
-    rows = [row for row in result.run.stats() if "kid" in row]
+    rows = [row for row in result.run.stats() if "kid" in row and "step" in row]
     if rows:
         last = rows[-1]
         best = min(rows, key=lambda row: row["kid"])

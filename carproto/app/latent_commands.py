@@ -107,7 +107,7 @@ def parse_intensities(
         else:
             values = torch.tensor([float(part) for part in text.split(",")])
             n = len(values)
-    except ValueError:
+    except (ValueError, RuntimeError):  # RuntimeError: above the largest float32
         raise CarprotoError(f"intensity {text!r} is not understood: write 0:1:11, or numbers such as 0,0.5,1") from None
     if not 0 < n <= MAX_FRAMES:
         raise CarprotoError(f"intensity {text!r} asks for {n} frames: choose 1 to {MAX_FRAMES}")
@@ -119,6 +119,8 @@ def _separate(text: str | None, n: int, extrapolate: bool) -> list[float] | None
     if text is None:
         return None
     values = check_intensities(parse_intensities(text), extrapolate=extrapolate).tolist()
+    if len(values) not in (1, n):
+        raise CarprotoError(f"{text!r} gives {len(values)} intensities beside {n} of --intensity: give as many, or one")
     return values * n if len(values) == 1 else values
 
 # %% ../../nbs/8_app/32_latent_commands.ipynb #f95c227b

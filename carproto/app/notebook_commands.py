@@ -22,18 +22,18 @@ from ..data.store import PictureStore
 def write_notebook(
     path: str | Path,  # the notebook, ending in .ipynb
     title: str,  # its heading
-    code: str,  # its cell
+    source: str,  # its cell
 ) -> Path:  # the same path
     "Write a notebook of one cell; raise `CarprotoError` where another one stands."
     path = Path(path)
     if path.exists():
         cells = nbformat.read(path, as_version=4).cells
-        if code not in [cell.source for cell in cells]:
+        if source not in [cell.source for cell in cells]:
             raise CarprotoError(f"{path} shows something else: remove it, or name another --folder")
         return path
     text = f"# {title}\n\nRun the cell below with Shift+Enter."
     notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell(code)],
+        cells=[nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell(source)],
         metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,8 @@ def studio(
         PictureStore(options.photos)
     arguments = {"backbone": _absolute(options.backbone), "photos": _absolute(options.photos)}
     call = _call("open_studio", _absolute(options.pipeline), **arguments)
-    code = f"from carproto.app.studio import open_studio\n\n{call}"
-    path = write_notebook(Path(options.folder) / "studio.ipynb", "Intensity studio", code)
+    text = f"from carproto.app.studio import open_studio\n\n{call}"
+    path = write_notebook(Path(options.folder) / "studio.ipynb", "Intensity studio", text)
     open_notebook(path, write_only=options.write_only)
 
 
@@ -89,10 +89,10 @@ def label(
 ) -> None:
     "Write a notebook with the labelling panel, and open it."
     PictureStore(options.photos)
-    code = f"from carproto.app.labelling import LabelPanel\n\n{_call('LabelPanel', _absolute(options.photos))}"
+    text = f"from carproto.app.labelling import LabelPanel\n\n{_call('LabelPanel', _absolute(options.photos))}"
     if options.backbone is not None:
-        code = code.replace("\n\n", "\nfrom carproto.data.backbone import ViewFeatureExtractor\n\n")
+        text = text.replace("\n\n", "\nfrom carproto.data.backbone import ViewFeatureExtractor\n\n")
         extractor = _call("ViewFeatureExtractor", _absolute(options.backbone))
-        code = f"{code.removesuffix(')')}, {extractor})"
-    path = write_notebook(Path(options.folder) / "label.ipynb", "Label the views of photos", code)
+        text = f"{text.removesuffix(')')}, {extractor})"
+    path = write_notebook(Path(options.folder) / "label.ipynb", "Label the views of photos", text)
     open_notebook(path, write_only=options.write_only)

@@ -97,10 +97,15 @@ class Curate:
     aspect: float | None = None  # with --align: true width / height of squashed photos, as 1.4; None: each photo's own
     mask_model: str | None = None  # with --align: u2netp, u2net, silueta or isnet-general-use; None: u2netp
     mask_file: PathText | None = None  # with --align: file of that network; None downloads it
-    max_defect_score: float | None = (
-        None  # with --align: reject outlines above this score, 0 to 1; None: AlignConfig's default
-    )
+    max_defect_score: float | None = None  # with --align: reject cut-outs above this score, 0 to 1; None: the default
     sheet: PathText | None = None  # file of a contact sheet of rejected photos; None writes none
+
+    def __post_init__(self):
+        check_numbers({"aspect": self.aspect}, above=True)
+        for name in ("min_confidence", "max_defect_score"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise CarprotoError(f"{name} is {value}: it must be from 0 to 1")
 
 # %% ../../nbs/8_app/30_options.ipynb #714890eb
 @dataclass(frozen=True, kw_only=True)

@@ -135,7 +135,7 @@ class PhotoBrowser(widgets.VBox):
     def _make_controls(self) -> None:
         "Make the path's text field and the controls of the pages."
         self.source = widgets.Text(
-            description="Pictures in",
+            description="Photos in",
             placeholder="a folder or zip of photos",
             continuous_update=False,
             layout=widgets.Layout(flex="1 1 250px", min_width="250px", width="auto"),

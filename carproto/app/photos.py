@@ -21,7 +21,7 @@ from ..data.masks import Aligner
 from ..eval.perceptual import PerceptualDistance
 from ..gan.sngan import Generator
 from ..images import fit_square, open_picture, to_tensor
-from ..latent.encoder import LatentEncoder
+from ..latent.encoder import LatentEncoder, StyleEncoder
 from ..latent.invert import Inversion, find_outliers, invert
 
 # %% ../../nbs/8_app/00_photos.ipynb #4e8d268d
@@ -87,13 +87,13 @@ class PhotoInversion(Inversion):
     "An inversion of photos, with its outliers."
 
     names: list[str] = field(default_factory=list)  # of the photos
-    rms_latent: torch.Tensor | None = None  # (N,), RMS error before channel gains, in units of [-1, 1]
+    rms_latent: torch.Tensor | None = None  # (N,), RMS error before channel gains are refined, in units of [-1, 1]
     outliers: list[int] = field(default_factory=list)  # indices of photos that probably show no car of a trained view
     error_p99: float = ERROR_P99  # RMS error from which a photo is an outlier
-    has_channel_gains: bool = False  # whether they were refined
+    has_channel_gains: bool = False  # whether they were predicted or refined
 
     def car(self, i: int) -> tuple[list[float], list[float] | None]:
-        "Return latent and channel gains of a photo as JSON holds them; None for channel gains that were not refined."
+        "Return latent and channel gains of a photo as JSON holds them; None where all channel gains are 1."
         return self.z[i].tolist(), self.channel_gains[i].tolist() if self.has_channel_gains else None
 
     def describe_outlier(self, i: int) -> str:
@@ -122,10 +122,12 @@ def invert_photos(
         G = _count_calls(G, config.steps * (1 + config.use_channel_gains), on_step)
     options = {"perceptual": perceptual, "quiet": quiet}
     first = last = invert(images, G, E, config=replace(config, use_channel_gains=False), **options)
-    start = {"z_start": first.z_start, "images_start": first.images_start, "distance_start": first.distance_start}
+    names_start = ("z_start", "channel_gains_start", "images_start", "distance_start")
+    start = {name: getattr(first, name) for name in names_start}
     seconds = first.seconds
     if config.use_channel_gains:
-        last = invert(images, G, z_start=first.z, config=config, **options)
+        gains = first.channel_gains
+        last = invert(images, G, z_start=first.z, channel_gains_start=gains, config=config, **options)
         seconds = first.seconds + last.seconds
     return PhotoInversion(
         **{**vars(last), **start, "seconds": seconds},
@@ -133,7 +135,7 @@ def invert_photos(
         rms_latent=first.rms,
         outliers=find_outliers(first, error_p99),
         error_p99=error_p99,
-        has_channel_gains=config.use_channel_gains,
+        has_channel_gains=config.use_channel_gains or isinstance(E, StyleEncoder),
     )
 
 

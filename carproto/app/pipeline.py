@@ -28,6 +28,7 @@ from ..eval.features import FeatureExtractor
 from ..eval.metrics import Evaluator
 from ..eval.reconstruction import explained_variance
 from ..images import to_tensor
+from ..latent.encoder import reconstruct
 from ..latent.invert import Inversion
 
 # %% ../../nbs/8_app/03_pipeline.ipynb #2f49a914
@@ -256,10 +257,7 @@ def evaluate(
     images: torch.Tensor,  # (N, 3, size, size), uint8 or float in [-1, 1], never trained on; 10 or more for KID
     *,
     kind: str = "common",  # which generator: common or futuristic
-    extractor: str
-    | Path
-    | FeatureExtractor
-    | None = None,  # whatever `feature_extractor` takes; None leaves KID and its kin out
+    extractor: str | Path | FeatureExtractor | None = None,  # of KID and its kin; None leaves them out
 ) -> dict:  # numbers by name; those of missing parts are left out
     "Measure how well cars are generated and reconstructed."
     x, G = to_tensor(images) if images.dtype == torch.uint8 else images, self.generator(kind)
@@ -267,7 +265,7 @@ def evaluate(
     if extractor is not None:
         result |= Evaluator(x, extractor).evaluate(G)
     if self.encoder is not None:
-        inverted = torch.cat([self.generate(kind=kind, z=self.encoder(part.to(device))) for part in x.split(64)])
+        inverted = torch.cat([reconstruct(self.encoder, G, part.to(device)).cpu() for part in x.split(64)])
         rms = (inverted - x).square().mean((1, 2, 3)).sqrt()
         result["reconstruction_r2"] = explained_variance(inverted, x)
         result["reconstruction_rms"] = rms.mean().item()

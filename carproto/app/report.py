@@ -150,7 +150,9 @@ _SLIDER_STYLE = """
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 3px; border-radius: 6px; }
 @media (max-width: 720px) {
   .slider { grid-template-columns: minmax(0, 1fr); } .readout b { font-size: 44px; }
-  .controls { order: 1; } .strip { order: 2; } .panel { order: 3; }
+  .controls { order: 1; grid-template-columns: auto auto 1fr; } .strip { order: 2; } .panel { order: 3; }
+  .controls input { grid-row: 1; grid-column: 1 / -1; } .ends { grid-row: 2; grid-column: 1 / -1; }
+  .controls button { grid-row: 3; } [data-play] { justify-self: end; }
 }
 """
 

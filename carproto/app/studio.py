@@ -189,14 +189,10 @@ def _load_upload(self: IntensityStudio, content: bytes, name: str) -> None:
 
 # %% ../../nbs/8_app/16_studio.ipynb #1be77ac8
 def open_studio(
-    pipeline: str
-    | Path = "toy64",  # a release, as in `RELEASED_PIPELINES`, or a folder, see `CarPipeline.from_pretrained`
+    pipeline: str | Path = "toy64",  # a release, as in `RELEASED_PIPELINES`, or a folder
     *,
     backbone: str | Path | None = None,  # the MobileNetV2 file of a futurism probe
-    segment: Callable
-    | str
-    | Path
-    | None = None,  # from picture to mask, or the network's file, for weights of aligned cars
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None downloads it
     n_cars: int = 12,  # cars to choose from
     n_frames: int = 41,  # frames on the path
     folder: str | Path = ".",  # where the buttons save

@@ -43,7 +43,7 @@ class Worker:
         asyncio.get_running_loop().call_later(0.01, lambda: self.run_action(go, keep=True))
 
     def step(self) -> bool:  # whether more is left; after an error nothing is
-        "Run one piece."
+        "Run the next part of the job."
         job = self.job
         try:
             return next(job, job) is not job

@@ -62,8 +62,9 @@ def _outline_numbers(car: np.ndarray, box: tuple[int, int, int, int]) -> dict[st
     "Measure thin parts and the deepest valley of the roof line."
     left, top, right, bottom = box
     side = max(1, round(0.12 * min(right - left, bottom - top)))
-    wide = np.pad(car, side, mode="edge")  # a part that the border cuts is not thin
-    opened = ndimage.binary_opening(wide, np.ones((side, side)))[side:-side, side:-side]
+    wide = np.pad(car, side, mode="edge").astype(np.uint8)  # a part that the border cuts is not thin
+    eroded = ndimage.minimum_filter(wide, side, mode="constant")
+    opened = ndimage.maximum_filter(eroded, side, mode="constant", origin=side % 2 - 1)[side:-side, side:-side] > 0
     roof = car[:, left:right].argmax(0).astype(np.float32)
     higher = np.maximum(np.minimum.accumulate(roof), np.minimum.accumulate(roof[::-1])[::-1])
     return {"thin": float((car & ~opened).sum() / car.sum()), "valley": float((roof - higher).max()) / (bottom - top)}

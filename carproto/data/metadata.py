@@ -64,6 +64,8 @@ def read_metadata(
                 raise CarprotoError(f"{file}, {fault}: repair or remove that line")
             if row.get("split") not in (None, "train", "heldout"):
                 raise CarprotoError(f"{file}, line {number}: split is {row['split']!r}, it must be train or heldout")
+            if not isinstance(row.get("keep"), bool | None):  # 0 or "false" would bring back what was rejected
+                raise CarprotoError(f"{file}, line {number}: keep is {row['keep']!r}, it must be true or false")
             here[find_picture(file, row["file_name"], spellings)] = row
         for name, row in here.items():
             rows[name] = rows.get(name, {}) | row

@@ -84,7 +84,7 @@ class Segmenter:
         small = np.asarray(picture.convert("RGB").resize((self.side, self.side), Image.Resampling.LANCZOS))
         values = (small / max(float(small.max()), 1e-6) - self.mean) / self.deviation
         inputs = {self.session.get_inputs()[0].name: values.transpose(2, 0, 1)[None].astype(np.float32)}
-        result, *_ = self.session.run(None, inputs)
+        result, *_ = self.session.run([self.session.get_outputs()[0].name], inputs)  # the others are its side outputs
         low, high = float(result[0, 0].min()), float(result[0, 0].max())
         values = (result[0, 0] - low) / max(high - low, 1e-6)
         scale = min(1, _LONGEST / max(picture.size))

@@ -47,6 +47,7 @@ def report(
     save_picture(image_grid(samples.cpu(), n_cols=8), run.samples / f"step_{trainer.step:08d}.jpg")
     if evaluate is not None:
         numbers |= evaluate(G)
+    numbers |= trainer.measure(G, heldout)
     return numbers
 
 
@@ -59,7 +60,9 @@ def save_best(
     rows = [row for row in run.stats() if row.get("step", -1) >= first and math.isfinite(row.get("kid", math.inf))]
     if rows and rows[-1]["step"] == trainer.step and rows[-1]["kid"] == min(row["kid"] for row in rows):
         about = {"steps": trainer.step, "run": run.path.name, "kid": rows[-1]["kid"]}
-        save_generator(inference_generator(trainer, run), run.path / "best", about=about)
+        G = inference_generator(trainer, run)
+        save_generator(G, run.path / "best", about=about)
+        trainer.save_further(run.path / "best", G)
 
 
 def _pixel_diversity(images: torch.Tensor) -> float:

@@ -49,6 +49,7 @@ def train_gan(
     max_minutes: float | None = None,  # stop cleanly after so long; None never
     allow_changes: bool = False,  # resume a run although choices changed
     compile: bool = False,  # use torch.compile
+    make_trainer: Callable[..., Trainer] = Trainer,  # or a subclass, such as `JointTrainer`
     feature_path: str | Path | None = None,  # safetensors of `config.feature_net`; None downloads torchvision's
     device: str | None = None,  # None takes the best available
     quiet: bool = False,  # no progress bars
@@ -62,7 +63,7 @@ def train_gan(
         with lock_folder(run.path, work="training") if processes.is_main else nullcontext():
             changes = open_run(run, config, data, about or {}, allow_changes, processes)
             options = {"processes": processes, "compile": compile, "feature_path": feature_path}
-            trainer = Trainer(images, config, pick_device(device), **options)
+            trainer = make_trainer(images, config, pick_device(device), **options)
             clock = resume(trainer, run, parent, max_minutes)
             if processes.is_main:
                 log_session(trainer, run, changes)
@@ -70,6 +71,7 @@ def train_gan(
             G = inference_generator(trainer, run).cpu()
             if processes.is_main:
                 save_generator(G, run.path / "final", about={"steps": trainer.step, "run": run.path.name})
+                trainer.save_further(run.path / "final", G)
     except (RuntimeError, MemoryError) as error:
         explained = explain_memory(error, config)
         if explained is None:

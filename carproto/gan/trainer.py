@@ -10,7 +10,7 @@ import copy
 import ctypes
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ..config import CarprotoError, TrainConfig
+from ..config import CarprotoError, JointConfig, TrainConfig
 from ..core import pick_precision, seeded
 from .distributed import Processes, join_batches
 from .feature_discriminator import FeatureHeads
@@ -152,7 +152,7 @@ def step_discriminator(
 @patch
 def step_generator(
     self: Trainer,
-) -> dict[str, torch.Tensor]:  # a scalar: the loss "loss_g", without the heads' part
+) -> dict[str, torch.Tensor]:  # scalars: the loss "loss_g", without the heads' part; what `step_further` adds
     "Do one step of the generator, then update its EMA."
     self.optimizer_d.zero_grad()  # frees the memory of both networks' gradients
     self.optimizer_g.zero_grad()
@@ -166,10 +166,11 @@ def step_generator(
         loss = hinge_generator(logits)
         total = loss + self.config.feature_weight * sum(hinge_generator(one) for one in head_logits)
         total.backward()
+    more = self.step_further()
     self.optimizer_g.step()
     self.step += 1
     self._update_ema()
-    return {"loss_g": loss.detach()}
+    return {"loss_g": loss.detach(), **more}
 
 # %% ../../nbs/4_gan/08_trainer.ipynb #5902e56a
 @patch
@@ -185,6 +186,33 @@ def snapshot_ema(
 ) -> Generator:  # in eval mode: the generator that a run is trained for
     "Copy the EMA and measure its BatchNorm statistics anew."
     return measure_statistics(copy.deepcopy(self.G_ema))
+
+
+@patch
+def step_further(
+    self: Trainer,
+) -> dict[str, torch.Tensor]:  # scalars by name
+    "Add gradients of further losses to the generator's, before its optimizer steps; here there are none."
+    return {}
+
+
+@patch
+def measure(
+    self: Trainer,
+    G: Generator,  # from `snapshot_ema`
+    heldout: torch.Tensor | None,  # uint8 images never trained on
+) -> dict[str, float]:  # further numbers of a report
+    "Measure what a subclass trains beside the generator; here nothing."
+    return {}
+
+
+@patch
+def save_further(
+    self: Trainer,
+    folder: Path,  # where the generator was saved
+    G: Generator,  # that generator
+) -> None:
+    "Save what a subclass trains beside the generator; here nothing."
 
 # %% ../../nbs/4_gan/08_trainer.ipynb #152f43f3
 @patch
@@ -254,8 +282,9 @@ def read_config(
     run: RunFolder,  # of a generator's training
 ) -> TrainConfig:  # its choices
     "Read the configuration of a run; raise `CarprotoError` when the folder holds none, or of another kind."
+    of_joint_tuning = {field.name for field in fields(JointConfig)} - {field.name for field in fields(TrainConfig)}
     try:
-        return TrainConfig(**run.config())
+        return TrainConfig(**{name: value for name, value in run.config().items() if name not in of_joint_tuning})
     except (TypeError, AttributeError) as error:
         advice = f"give the folder of one ({str(error)[:60]})"
         raise CarprotoError(f"{run.path} holds no training run of a generator: {advice}") from error
@@ -289,4 +318,4 @@ def init_from_parent(
             state.pop(name, None)
         elif "F" not in parent:
             state[name] = own_state[name]
-    self.load_state_dict(state)
+    self.load_state_dict(copy.deepcopy(state))  # optimizers update loaded tensors in place

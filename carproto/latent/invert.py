@@ -27,11 +27,12 @@ class Inversion:
     z: torch.Tensor  # (N, z_dim), refined latents
     z_start: torch.Tensor  # (N, z_dim), latents of the encoder
     images: torch.Tensor  # (N, 3, size, size), generated from `z` and `channel_gains`
-    images_start: torch.Tensor  # (N, 3, size, size), generated from `z_start`
+    images_start: torch.Tensor  # (N, 3, size, size), generated from `z_start` and `channel_gains_start`
     distance: torch.Tensor  # (N,), of `images` to the target: perceptual, or mean squared error without features
     distance_start: torch.Tensor  # (N,), of `images_start`
     rms: torch.Tensor  # (N,), root mean square error of `images`, in units of [-1, 1]
-    channel_gains: torch.Tensor  # (N, n_channel_gains), 1 where not refined
+    channel_gains: torch.Tensor  # (N, n_channel_gains), those of the start where not refined
+    channel_gains_start: torch.Tensor  # (N, n_channel_gains), of the encoder; 1 where it predicts none
     seconds: torch.Tensor  # (N,), time for each image
 
 # %% ../../nbs/6_latent/02_invert.ipynb #f9fd8658
@@ -42,6 +43,7 @@ def invert(
     *,
     perceptual: PerceptualDistance | None = None,  # None compares pixels only
     z_start: torch.Tensor | None = None,  # (N, z_dim), used instead of the encoder
+    channel_gains_start: torch.Tensor | None = None,  # (N, n_channel_gains), with `z_start`; None means 1
     config: InvertConfig | None = None,  # options; None takes the defaults
     quiet: bool = False,  # hide the progress bar
 ) -> Inversion:  # latents, images and distances before and after
@@ -59,14 +61,17 @@ def invert(
         for i in range(0, len(targets), config.batch):
             begin = time.perf_counter()
             x = targets[i : i + config.batch].to(device)
+            gains0 = None
             if z_start is not None:
                 z0 = z_start[i : i + config.batch].to(device)
+                if channel_gains_start is not None:
+                    gains0 = channel_gains_start[i : i + config.batch].to(device)
             elif E is not None:
                 with torch.no_grad():
-                    z0 = E(x)
+                    z0, gains0 = E.encode(x)
             else:
                 z0 = sample_latents(len(x), G.z_dim, config.seed + 7 + i).to(device)
-            part = _Refiner(x, z0, G, perceptual, config).optimize(bar)
+            part = _Refiner(x, z0, gains0, G, perceptual, config).optimize(bar)
             part.seconds += (time.perf_counter() - begin) / len(x)
             parts.append(part)
             bar.update(config.steps * (i // config.batch + 1) - bar.n)
@@ -76,9 +81,11 @@ def invert(
 class _Refiner:
     "Refinement of one batch, from all of its starts."
 
-    def __init__(self, x, z0, G, perceptual, config):
+    def __init__(self, x, z0, gains0, G, perceptual, config):
         self.x = x
         self.z0 = z0
+        self.has_gains = gains0 is not None or config.use_channel_gains
+        self.gains0 = torch.ones(len(x), G.n_channel_gains, device=x.device) if gains0 is None else gains0
         self.G = G
         self.perceptual = perceptual
         self.config = config
@@ -102,7 +109,7 @@ class _Refiner:
 
     def generate(self, z: torch.Tensor, channel_gains: torch.Tensor) -> torch.Tensor:
         "Generate images from latents and channel gains."
-        return self.G(z, channel_gains if self.config.use_channel_gains else None)
+        return self.G(z, channel_gains if self.has_gains else None)
 
     def measure(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Return perceptual distance, mean squared error and their weighted sum, each (n_starts x N,)."
@@ -119,7 +126,8 @@ def optimize(self: _Refiner, bar) -> Inversion:
     "Refine with Adam and return the best latent of each image."
     config = self.config
     z = self.starts.clone().requires_grad_()
-    channel_gains = torch.ones(len(z), self.G.n_channel_gains, device=z.device, requires_grad=config.use_channel_gains)
+    start_gains = self.gains0.repeat(len(z) // len(self.x), 1)
+    channel_gains = start_gains.clone().requires_grad_(config.use_channel_gains)
     groups = [{"params": [z], "lr_share": 1.0}]
     if config.use_channel_gains:
         groups.append({"params": [channel_gains], "lr_share": 0.1})
@@ -143,7 +151,7 @@ def optimize(self: _Refiner, bar) -> Inversion:
         if config.patience and waited >= config.patience:
             break
         prior = config.prior_weight * (z.norm(dim=1) / self.G.z_dim**0.5 - 1).square()
-        gain_penalty = config.channel_gain_weight * (channel_gains - 1).square().mean(1)
+        gain_penalty = config.channel_gain_weight * (channel_gains - start_gains).square().mean(1)
         optimizer.zero_grad()
         (loss + prior + gain_penalty).sum().backward()
         optimizer.step()
@@ -160,11 +168,11 @@ def _choose(self: _Refiner, z: torch.Tensor, channel_gains: torch.Tensor) -> Inv
     "Select the best result of each image, with the encoder's latent as a candidate."
     n = len(self.x)
     z = torch.cat([z, self.starts[:n]])
-    channel_gains = torch.cat([channel_gains, torch.ones_like(channel_gains[:n])])
+    channel_gains = torch.cat([channel_gains, self.gains0])
     images = torch.cat([self.generate(a, b) for a, b in zip(z.split(64), channel_gains.split(64))])
     distance, pixel, loss = self.measure(images)
     row = loss.view(-1, n).argmin(0) * n + torch.arange(n, device=z.device)
-    images_start = self.G(self.z0)
+    images_start = self.generate(self.z0, self.gains0)
     return Inversion(
         z=z[row],
         z_start=self.z0,
@@ -174,6 +182,7 @@ def _choose(self: _Refiner, z: torch.Tensor, channel_gains: torch.Tensor) -> Inv
         distance_start=self.measure(images_start)[0],
         rms=pixel[row].sqrt(),
         channel_gains=channel_gains[row],
+        channel_gains_start=self.gains0,
         seconds=torch.zeros(n),
     )
 
