@@ -24,6 +24,7 @@ setup(
     url=settings["git_url"],
     keywords=settings["keywords"],
     packages=find_packages(include=["carproto", "carproto.*"]),
+    package_data={"carproto.app": ["live/*"]},  # the files of the live page
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

@@ -23,8 +23,8 @@ from playwright.sync_api import sync_playwright
 from carproto.app.body import find_measure, fit_body
 from carproto.app.live_page import add_runtime, average_path, export_pair, find_runtime, write_page
 from carproto.app.pipeline import CarPipeline
-from carproto.blend.calibrate import perceptual_embedding
 from carproto.blend.onnx_graph import compare_with_pytorch
+from carproto.blend.speed import perceptual_embedding
 from carproto.core import sample_latents
 from carproto.latent.edit import evaluate_edits
 
