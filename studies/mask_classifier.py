@@ -2,15 +2,16 @@
 
     python studies/mask_classifier.py --data /photos --masks /masks --out /tmp/mask_classifier
 
-It reads data/mask_classifier/labels.json: 1 for a defect, 0.5 for an unsure one, 0 for a good cut-out; 0.75 and 0.12
-for labels of earlier cut-outs. It needs the masks that u2netp made of the packs' photos: `--masks` holds a folder of a
-pack's name for each pack, as studies/alignment.py takes them. Neither is part of the repository.
+It reads data/mask_classifier/labels.json: 1 for a defect, 0.5 for an unsure one, 0 for a good cut-out, 0.75 and 0.12
+for labels of earlier cut-outs. It needs the masks that u2netp made of the packs' photos: `--masks` holds a folder of
+a pack's name for each pack, as studies/alignment.py takes them. Photos and masks are not part of the repository.
 
 First the network separates photos from copies of them whose mask lacks a part, or has one too many. Then it is fitted
-to the labels, mixed with these pairs, with photos into which a second car was pasted, and with toy cars. It prints the
-area under the ROC curve on every fifth label, held out of a fit that serves only to measure it. It also prints the
-share of defects among the best 65 and 75 %; the weights written are fitted to all labels.
+to the labels, mixed with these pairs, with photos into which a second car was pasted, and with toy cars. It prints
+the area under the ROC curve on every fifth label, held out of a fit that serves only to measure it, and the share of
+defects among the best 65 and 75 %. The weights written are fitted to all labels.
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -59,8 +60,9 @@ def describe_photos(data: Path, masks: Path, aspect: float, wanted: set[str] | N
                 raise CarprotoError(f"{file} is missing: compute the masks of {pack} first, with studies/alignment.py")
             photo, mask = open_picture(content), open_picture(file).convert("L")
             view = rows[name].get("view") or rows[name].get("view_guess")
-            stretch = aspect * photo.height / photo.width
-            if wanted is None and (view not in config.views or check_limits(mask, config, stretch=stretch)):
+            if wanted is None and (
+                view not in config.views or check_limits(mask, config, stretch=aspect * photo.height / photo.width)
+            ):
                 continue
             mirrored = view in ("right", "front-right")
             layers[f"{pack}/{Path(name).name}"] = frame_layers(cut_car(photo, mask, config, CUT_SIDE), mirrored)
@@ -150,8 +152,9 @@ def render_toys(n: int, rng: np.random.Generator) -> list[np.ndarray]:
         view = ("left", "front-left", "front-right")[i % 3]
         rgb, is_car = render_car(sample_factors(77, i, COMMON if i % 2 else FUTURISTIC, view=view), 128)
         mask, picture = Image.fromarray(is_car.astype(np.uint8) * 255), Image.fromarray(rgb)
-        noise = Image.fromarray(rng.integers(0, 255, (14, 14, 3), dtype=np.uint8))
-        noise = noise.resize((128, 128), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.integers(0, 255, (14, 14, 3), dtype=np.uint8)).resize(
+            (128, 128), Image.Resampling.BICUBIC
+        )
         plain = Image.new("RGB", (128, 128), tuple(int(value) for value in rng.integers(0, 255, 3)))
         if i % 4 in (1, 2):
             picture = Image.composite(picture, noise if i % 4 == 1 else plain, mask)
@@ -224,8 +227,9 @@ def optimize(net: MaskClassifier, batches: list, lr: float, weight_decay: float,
     net.train()
     for make in tqdm(batches, desc="fit"):
         x, targets, weights = make()
-        scores = net(augment(classifier_tensor(x), generator))
-        losses = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
+        losses = F.binary_cross_entropy_with_logits(
+            net(augment(classifier_tensor(x), generator)), targets, reduction="none"
+        )
         optimizer.zero_grad()
         (losses * weights).mean().backward()
         optimizer.step()
@@ -258,8 +262,9 @@ def fit_labels(
     n, n_mixed = 24, 8
     targets = torch.tensor(y, dtype=torch.float32).clamp(0.03, 0.97)
     mixed = torch.tensor([0.07] * n_mixed + [TARGETS["spoiled"]] * n_mixed)
-    is_earlier = [value in (0.12, 0.75) for value in y]  # labels of earlier cut-outs weigh less
-    certain = torch.tensor([0.5 if earlier else 1.0 for earlier in is_earlier])
+    certain = torch.tensor(
+        [0.5 if value in (0.12, 0.75) else 1.0 for value in y]
+    )  # less for labels of earlier cut-outs
 
     def make(chosen: np.ndarray) -> tuple:
         others = rng.integers(0, len(clean), n_mixed)
@@ -285,8 +290,9 @@ def measure(scores: np.ndarray, y: np.ndarray) -> dict[str, float]:
     ranks, n_bad = scores.argsort().argsort() + 1, int(is_bad.sum())
     auc = (ranks[is_bad].sum() - n_bad * (n_bad + 1) / 2) / (n_bad * (len(is_bad) - n_bad))
     order = is_bad[scores.argsort()]
-    shares = {share: float(order[: int(share * len(order))].mean()) for share in (0.65, 0.75)}
-    best = {f"bad_among_best_{share}": round(value, 4) for share, value in shares.items()}
+    best = {
+        f"bad_among_best_{share}": round(float(order[: int(share * len(order))].mean()), 4) for share in (0.65, 0.75)
+    }
     return {"n": len(is_bad), "n_bad": n_bad, "auc": round(float(auc), 4), **best}
 
 
@@ -307,8 +313,10 @@ def main() -> None:
     labels = load_json(arguments.labels)
     labelled = describe_photos(arguments.data, arguments.masks, arguments.aspect, set(labels), len(labels))
     photos = describe_photos(arguments.data, arguments.masks, arguments.aspect, None, arguments.n_photos)
-    x = np.stack([hide_surroundings(one) for one in labelled.values()])
-    y = np.array([labels[name] for name in labelled], float)
+    x, y = (
+        np.stack([hide_surroundings(one) for one in labelled.values()]),
+        np.array([labels[name] for name in labelled], float),
+    )
     clean, spoiled = make_pairs(list(photos.values()), rng)
     toys = make_pairs(render_toys(480, rng), rng)
     pasted = paste_pairs(list(photos.values()), arguments.n_pasted, rng)
@@ -317,7 +325,8 @@ def main() -> None:
     is_held = np.arange(len(x)) % 5 == 0
     part = fit_labels(net, x[~is_held], y[~is_held], pairs, arguments.epochs[1], arguments.seed)
     sizes = {"n_spoiled": len(clean), "n_pasted": len(pasted[0]), "n_toys": len(toys[0])}
-    report = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum()), **sizes}
+    counts = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum())}
+    report = {**counts, **sizes}
     report["held_out"] = measure(score_all(part, x[is_held]), y[is_held])
     final = fit_labels(net, x, y, pairs, arguments.epochs[1], arguments.seed)
     config = {"kind": "mask classifier", "widths": list(final.widths), "report": report}

@@ -30,11 +30,20 @@ class AlignConfig:
     height: float = 0.80  # of the car, share of the frame's side, at most
     ground: float = 0.90  # where the wheels stand, share of the side from the top
     mirror: bool = True  # whether cars that face right are mirrored
-    views: tuple[str, ...] = ("left", "front-left", "front-right", "right")  # accepted; a photo without a view passes
-    aspect: float | None = None  # width by height of the photo when taken, 0.5 to 3; None where it was not squashed
+    views: tuple[str, ...] = (
+        "left",
+        "front-left",
+        "front-right",
+        "right",
+    )  # accepted views; a photo without a view passes
+    aspect: float | None = (
+        None  # width by height of the photo when it was taken, 0.5 to 3; None means that it was not squashed
+    )
     mask_model: str = "u2netp"  # segmentation network, see `load_segmenter`
     alpha: tuple[float, float] = (0.35, 0.75)  # mask values, 0 to 1, that become transparent and opaque
-    classifier: str | None = "mask_classifier"  # its weights, a folder or a release's name; None: the limits alone
+    classifier: str | None = (
+        "mask_classifier"  # its weights, a folder or the name of a release; None applies the limits alone
+    )
     max_defect_score: float = 0.14  # of the mask classifier, 0 to 1
     min_area: float = 0.03  # of the car, share of the picture
     max_area: float = 0.92  # of the car, share of the picture
@@ -53,11 +62,13 @@ class AlignConfig:
         for name in ("background", "views", "alpha", "shape"):  # JSON turns tuples into lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.aspect is not None and not 0.5 <= self.aspect <= 3:
-            message = f"aspect {self.aspect} is not possible: give width by height of the photos, such as 1.4"
-            raise CarprotoError(message)
+            raise CarprotoError(
+                f"aspect {self.aspect} is not possible: give width by height of the photos, such as 1.4"
+            )
         if not (0 < self.width <= 1 and 0 < self.height <= self.ground <= 1):
-            message = "width, height and ground must be shares of the frame, 0 to 1, with height at most ground"
-            raise CarprotoError(message)
+            raise CarprotoError(
+                "width, height and ground must be shares of the frame, 0 to 1, with height at most ground"
+            )
 
 
 DEFAULT_ALIGN = AlignConfig()  # frame and limits where none are given

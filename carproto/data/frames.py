@@ -41,14 +41,17 @@ def check_frame(
     if expected == given:
         return
     if given is None:
-        message = "these weights expect aligned cars: align the pictures first"
-        raise CarprotoError(f"{message} (carproto curate FOLDER --align, or `align_for`)")
+        raise CarprotoError(
+            "these weights expect aligned cars: align the pictures first "
+            "(carproto curate FOLDER --align, or `align_for`)"
+        )
     if expected is None:
         raise CarprotoError("these weights expect photos as they are: give the pictures without alignment")
     differing = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
     fields = ", ".join(differing)
-    message = f"these weights expect another frame ({fields} differ)"
-    raise CarprotoError(f"{message}: align the pictures again, with the weights' frame")
+    raise CarprotoError(
+        f"these weights expect another frame ({fields} differ): align the pictures again, with the weights' frame"
+    )
 
 # %% ../../nbs/3_data/17_frames.ipynb #0306b66c
 def align_for(

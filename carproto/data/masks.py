@@ -239,9 +239,11 @@ def turn_toy(
     factors: CarFactors,  # of a toy car
 ) -> CarFactors:  # of the car that faces left
     "Return the factors of the mirrored toy car."
-    if not needs_mirror(factors.view, self.config):
-        return factors
-    return replace(factors, view="front-left", light=-factors.light)
+    return (
+        replace(factors, view="front-left", light=-factors.light)
+        if needs_mirror(factors.view, self.config)
+        else factors
+    )
 
 
 @patch

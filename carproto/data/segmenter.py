@@ -52,8 +52,9 @@ def find_network(
             download(f"{source}/{file}", temporary, _SHA256.get(name, ""), timeout=timeout, max_bytes=_MAX_BYTES)
             md5 = hashlib.md5(temporary.read_bytes(), usedforsecurity=False).hexdigest()
             if md5 != _NETWORKS[name][0]:
-                message = f"{source}/{file} is not the file expected (MD5 {md5})"
-                raise CarprotoError(f"{message}: try again on another network")
+                raise CarprotoError(
+                    f"{source}/{file} is not the file expected (MD5 {md5}): try again on another network"
+                )
     except CarprotoError as error:
         raise CarprotoError(f"{error}; or give the path of {file}") from error
     return target
@@ -113,8 +114,10 @@ def load_segmenter(
     try:
         session = runtime.InferenceSession(str(file), config, providers=runtime.get_available_providers())
     except Exception as error:  # onnxruntime's errors have no common class of their own
-        message = f"{file} does not hold the whole network {name} ({str(error).strip()[:80]})"
-        raise CarprotoError(f"{message}: copy or download it again") from error
+        message = (
+            f"{file} does not hold the whole network {name} ({str(error).strip()[:80]}): copy or download it again"
+        )
+        raise CarprotoError(message) from error
     return Segmenter(session, *_NETWORKS[name][1:])
 
 
@@ -124,8 +127,9 @@ def _rembg_segmenter(name: str) -> Callable:
         import rembg
     except ImportError:
         names = ", ".join(_NETWORKS)
-        message = f"the network {name!r} needs rembg: pip install 'rembg[cpu]', or choose one of {names}"
-        raise CarprotoError(message) from None
+        raise CarprotoError(
+            f"the network {name!r} needs rembg: pip install 'rembg[cpu]', or choose one of {names}"
+        ) from None
     try:
         session = rembg.new_session(name)
     except ValueError as error:

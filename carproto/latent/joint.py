@@ -173,14 +173,19 @@ def init_from_parent(
 ) -> None:
     "Take networks, EMA and moments from a parent run; the encoder too, where it has one."
     own = self.state_dict()
-    new = ("photos",) if "E" in parent else ("E", "E_ema", "optimizer_e", "photos", "white")
-    state = {**parent, **{name: own[name] for name in new}}
-    is_joint = len(parent.get("optimizer_g", own["optimizer_g"])["param_groups"]) > 1
-    if not is_joint:
-        self._join_optimizer()
-    Trainer.init_from_parent(self, state)
-    if not is_joint:
-        self._split_optimizer()
+    encoder = {name: parent.get(name, own[name]) for name in ("E", "E_ema", "optimizer_e", "white")}
+    Trainer.init_from_parent(self, {**parent, **encoder, "photos": own["photos"]})
+
+
+@patch
+def state_dict(
+    self: JointTrainer,
+) -> dict:  # as of `Trainer`, and the encoder's parts; the generator's moments as one group, which a child can load
+    "Return all that the next step depends on."
+    self._join_optimizer()
+    state = Trainer.state_dict(self)
+    self._split_optimizer()
+    return state
 
 
 @patch
@@ -189,9 +194,9 @@ def load_state_dict(
     state: dict,  # from `state_dict`, and the count of steps as "step"
 ) -> None:
     "Resume from a state; raise `CarprotoError` when it is of another architecture, version or kind of run."
+    self._join_optimizer()
     Trainer.load_state_dict(self, state)
-    for group in self.optimizer_g.param_groups[1:]:
-        group["lr"] = self.config.lr_linear
+    self._split_optimizer()
 
 # %% ../../nbs/6_latent/04_joint.ipynb #48668949
 def tune_jointly(
