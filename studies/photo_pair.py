@@ -107,7 +107,8 @@ def prepare_release(arguments: argparse.Namespace, cars: CarImages, unseen: CarI
     E = load_encoder(source / "encoder", fingerprint=G.fingerprint(), device="cpu")
     scores = evaluate_encoder(E, [G], heldout=[unseen.images])
     save_encoder(E, arguments.run / "encoder", about={**scores, "steps": load_json(source / "config.json")["steps"]})
-    concepts, unseen_concepts = (open_aligned(path, arguments) for path in (arguments.concepts, arguments.concepts_heldout))
+    packs = (arguments.concepts, arguments.concepts_heldout)
+    concepts, unseen_concepts = (open_aligned(path, arguments) for path in packs)
     features = [encoder_features(E, some.images) for some in (cars, concepts, unseen, unseen_concepts)]
     probe = fit_futurism_probe(*features[:2], extractor=ENCODER)
     low, high = (probe.logit(some) for some in features[2:])

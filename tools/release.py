@@ -29,7 +29,7 @@ LIMIT_MB = 20
 
 
 def find_generator(run: Path) -> Path:
-    """Find the generator to release: the last one of a joint run, beside its encoder; of others the one of lowest KID."""
+    """Find the generator to release: the last of a joint run, beside its encoder; of others that of lowest KID."""
     is_joint = (run / "final" / "encoder").exists()
     return run / ("best" if (run / "best").exists() and not is_joint else "final")
 

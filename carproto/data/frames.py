@@ -26,10 +26,7 @@ ALIGN_FILE = "align.json"  # beside metadata.jsonl: the configuration of a data 
 
 def find_aligner(
     path: str | Path,  # folder of photos
-    segment: Callable
-    | str
-    | Path
-    | None = None,  # from picture to mask, or the network's file; None loads it when a mask is missing
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
 ) -> Aligner | None:  # what `CarImages` takes as `align`; None when the photos were not aligned
     "Find the configuration with which a folder was aligned."
     file = Path(path).expanduser() / ALIGN_FILE
@@ -45,7 +42,8 @@ def check_frame(
         return
     if given is None:
         raise CarprotoError(
-            "these weights expect aligned cars: align the pictures first (carproto curate FOLDER --align, or `align_for`)"
+            "these weights expect aligned cars: align the pictures first "
+            "(carproto curate FOLDER --align, or `align_for`)"
         )
     if expected is None:
         raise CarprotoError("these weights expect photos as they are: give the pictures without alignment")
@@ -61,10 +59,7 @@ def align_for(
     pictures: Sequence[bytes],  # contents of picture files
     size: int,  # side of the results in pixels
     *,
-    segment: Callable
-    | str
-    | Path
-    | None = None,  # from picture to mask, or the network's file; None finds or downloads it
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
     views: Sequence[str | None] | None = None,  # one a picture; None where unknown, and not mirrored
 ) -> list[Image.Image | str]:  # for each the aligned car (size, size), RGB, or the reason why there is none
     "Align uploaded pictures to the frame of released weights."
@@ -100,14 +95,9 @@ def align_cars(
     size: int = 64,  # side of the results in pixels
     config: AlignConfig = DEFAULT_ALIGN,  # frame, and limits for masks
     *,
-    segment: Callable
-    | str
-    | Path
-    | None = None,  # from picture to mask, or the network's file; None finds or downloads it
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
     views: Sequence[str | None] | None = None,  # one a picture; None where unknown, and not mirrored
-) -> tuple[
-    torch.Tensor, list[str | None]
-]:  # aligned cars (n, 3, size, size), -1 to 1; for each picture None, or the reason why it is missing
+) -> tuple[torch.Tensor, list[str | None]]:  # cars (n, 3, size, size), -1 to 1; by picture why it is missing, or None
     "Align the cars of photos."
     aligner = Aligner(config, segment=segment)
     cars, reasons = [], []

@@ -22,7 +22,17 @@ from ..core import seeded
 from ..eval.attributes import rgb_to_lab
 from ..gan.sngan import Generator
 from ..toycars.regressor import FactorRegressor
-from ..weights import check_shapes, find_weights, load_config, many, number, read_weights, save_weights, whole, word
+from carproto.weights import (
+    check_shapes,
+    find_weights,
+    load_config,
+    many,
+    number,
+    read_weights,
+    save_weights,
+    whole,
+    word,
+)
 
 # %% ../../nbs/6_latent/03_edit.ipynb #1c3a5815
 Measure = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]  # images (N, 3, H, W) -> name: (N,)
@@ -216,7 +226,7 @@ def evaluate_edits(
     steps: Sequence[float] = (-1.0, 1.0),  # requests, in standard deviations of the attribute
     correct: bool = False,  # whether `edit_measured` is evaluated
     seed: int = 1,  # of the latents
-) -> dict[str, dict[str, float]]:  # attribute: "response", median change by request; "error", median |change - request| by request; "others"
+) -> dict[str, dict[str, float]]:  # by attribute: medians "response", change by request, "error" of it, "others"
     "Edit generated cars by each attribute and measure what changes."
     z = torch.randn(n, G.z_dim, generator=seeded(seed + 7919))
     before = _measure(G, measure, z, editor.names)
@@ -229,7 +239,8 @@ def evaluate_edits(
                 amounts = {name: step * editor.spread[k].item()}
                 moved = editor.edit_measured(z, amounts, G, measure) if correct else editor.edit(z, amounts)
             after = _measure(G, measure, moved, editor.names)
-            reachable = (before[:, k] + step * editor.spread[k] - editor.mean[k]).abs() <= (editor.high - editor.low)[k] / 2
+            target = before[:, k] + step * editor.spread[k]
+            reachable = (target - editor.mean[k]).abs() <= (editor.high - editor.low)[k] / 2
             change = (after - before) / (editor.spread * step)
             changes.append(change[torch.isfinite(change).all(1) & reachable])
         change = torch.cat(changes)
