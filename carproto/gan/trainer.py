@@ -140,7 +140,7 @@ def step_discriminator(
     self.optimizer_g.zero_grad()
     real = self.loader.next_batch()
     with torch.no_grad(), self.autocast():
-        fake = self.G(self.sample_z())
+        fake = self.generate_fakes()
     both = torch.cat([self.augment(real, self.noise), self.augment(fake, self.noise)])
     self.D.train()
     self.D.blocks[: self.config.n_frozen].eval()
@@ -158,6 +158,14 @@ def step_discriminator(
     self.D.requires_grad_(False)
     row = {"loss_d": loss.detach(), "logit_real": logit_real.detach().mean(), "logit_fake": logit_fake.detach().mean()}
     return row if self.heads is None else row | {"loss_f": self.heads.step(both)}
+
+
+@patch
+def generate_fakes(
+    self: Trainer,
+) -> torch.Tensor:  # (batch, 3, size, size)
+    "Generate the images that a step of the discriminators scores as generated."
+    return self.G(self.sample_z())
 
 # %% ../../nbs/4_gan/08_trainer.ipynb #12c7b141
 @patch
