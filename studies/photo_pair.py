@@ -56,7 +56,7 @@ CONFIG = TrainConfig(
     report_every=1000,
 )
 JOINT = JointConfig(**{**asdict(CONFIG), "report_every": 500})
-CHILD = FinetuneConfig(n_frozen=2, steps=1500, augment="color,translation,cutout", lecam_weight=0.0, report_every=250)
+CHILD = FinetuneConfig(n_frozen=2, steps=1000, augment="color,translation,cutout", lecam_weight=0.0, report_every=250)
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
