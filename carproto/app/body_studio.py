@@ -51,7 +51,7 @@ class BodyStudio(IntensityStudio):
         **options,  # of `IntensityStudio`
     ):
         self.editor = editor
-        self.body = {name: _make_slider(editor, k) for k, name in enumerate(editor.names)}
+        self.body = {name: _make_slider(editor, k) for k, name in enumerate(editor.names) if name in editor.editable}
         self.reset = widgets.Button(description="Reset", tooltip="Take all edits back", icon="undo")
         self.tab = widgets.Tab([widgets.VBox([*self.body.values(), self.reset])])
         self.tab.set_title(0, "Body")
