@@ -141,7 +141,7 @@ class JointConfig(TrainConfig):
     lr_linear: float = 1e-3  # Adam's learning rate of the generator's first layer, which places latents anew
     photo_batch: int = 16  # photos that are reconstructed in a step
     pixel_weight: float = 80.0  # weight of the pixels' mean squared error
-    perceptual_weight: float = 4.0  # weight of the perceptual distance
+    perceptual_weight: float = 10.0  # weight of the perceptual distance
     white_weight: float = 0.15  # weight of the distance of the latents' mean and covariance from 0 and 1
     channel_gain_weight: float = 1.0  # weight of the channel gains' mean squared distance from 1
 

@@ -2,14 +2,16 @@
 
     python studies/mask_classifier.py --data /photos --masks /masks --out /tmp/mask_classifier
 
-It reads data/mask_classifier/labels.json (1 for a defect, 0.5 for an unsure one, 0 for a good cut-out; 0.75 and 0.12 for labels of earlier
-cut-outs) and needs the masks that u2netp made of
-the packs' photos: `--masks` holds a folder of a pack's name for each pack, as studies/alignment.py takes them. Neither is part of the repository.
+It reads data/mask_classifier/labels.json: 1 for a defect, 0.5 for an unsure one, 0 for a good cut-out, 0.75 and 0.12
+for labels of earlier cut-outs. It needs the masks that u2netp made of the packs' photos: `--masks` holds a folder of
+a pack's name for each pack, as studies/alignment.py takes them. Photos and masks are not part of the repository.
 
-First the network separates photos from copies of them whose mask lacks a part, or has one too many. Then it is fitted to the labels, mixed with
-these pairs, with photos into which a second car was pasted, and with toy cars. It prints the area under the ROC curve on every fifth label, held out of a fit that serves only to measure it, and the
-share of defects among the best 65 and 75 %; the weights written are fitted to all labels.
+First the network separates photos from copies of them whose mask lacks a part, or has one too many. Then it is fitted
+to the labels, mixed with these pairs, with photos into which a second car was pasted, and with toy cars. It prints
+the area under the ROC curve on every fifth label, held out of a fit that serves only to measure it, and the share of
+defects among the best 65 and 75 %. The weights written are fitted to all labels.
 """
+
 import argparse
 import time
 from pathlib import Path
@@ -43,7 +45,7 @@ N_TRIES = 8
 
 
 def describe_photos(data: Path, masks: Path, aspect: float, wanted: set[str] | None, n: int) -> dict[str, np.ndarray]:
-    """Return the layers of n photos by `pack/file name`, of those wanted and else of those whose mask keeps the limits."""
+    """Return the layers of n photos by `pack/file name`: those wanted, or those whose mask keeps the limits."""
     config, layers = AlignConfig(aspect=aspect), {}
     for pack in PACKS if wanted else PACKS[:2]:
         store = PictureStore(data / f"{pack}.zip")
@@ -58,7 +60,9 @@ def describe_photos(data: Path, masks: Path, aspect: float, wanted: set[str] | N
                 raise CarprotoError(f"{file} is missing: compute the masks of {pack} first, with studies/alignment.py")
             photo, mask = open_picture(content), open_picture(file).convert("L")
             view = rows[name].get("view") or rows[name].get("view_guess")
-            if wanted is None and (view not in config.views or check_limits(mask, config, stretch=aspect * photo.height / photo.width)):
+            if wanted is None and (
+                view not in config.views or check_limits(mask, config, stretch=aspect * photo.height / photo.width)
+            ):
                 continue
             mirrored = view in ("right", "front-right")
             layers[f"{pack}/{Path(name).name}"] = frame_layers(cut_car(photo, mask, config, CUT_SIDE), mirrored)
@@ -142,13 +146,15 @@ def fit_frame(layers: np.ndarray) -> np.ndarray:
 
 
 def render_toys(n: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return the layers of toy cars before their own background, noise or one colour, with masks as soft as a network's."""
+    """Return the layers of toy cars before their own background, noise or one colour, with soft masks."""
     layers = []
     for i in range(n):
         view = ("left", "front-left", "front-right")[i % 3]
         rgb, is_car = render_car(sample_factors(77, i, COMMON if i % 2 else FUTURISTIC, view=view), 128)
         mask, picture = Image.fromarray(is_car.astype(np.uint8) * 255), Image.fromarray(rgb)
-        noise = Image.fromarray(rng.integers(0, 255, (14, 14, 3), dtype=np.uint8)).resize((128, 128), Image.Resampling.BICUBIC)
+        noise = Image.fromarray(rng.integers(0, 255, (14, 14, 3), dtype=np.uint8)).resize(
+            (128, 128), Image.Resampling.BICUBIC
+        )
         plain = Image.new("RGB", (128, 128), tuple(int(value) for value in rng.integers(0, 255, 3)))
         if i % 4 in (1, 2):
             picture = Image.composite(picture, noise if i % 4 == 1 else plain, mask)
@@ -158,7 +164,7 @@ def render_toys(n: int, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def paste_car(layers: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
-    """Paste a smaller second car behind a car; return layers whose mask leaves it out, and layers whose mask takes it in."""
+    """Paste a smaller second car behind a car; return layers whose mask leaves it out, and others that take it in."""
     is_car = layers[..., 4] > 127
     left, top, right, bottom = bounding_box(is_car)
     scale = rng.uniform(0.35, 0.8)
@@ -221,7 +227,9 @@ def optimize(net: MaskClassifier, batches: list, lr: float, weight_decay: float,
     net.train()
     for make in tqdm(batches, desc="fit"):
         x, targets, weights = make()
-        losses = F.binary_cross_entropy_with_logits(net(augment(classifier_tensor(x), generator)), targets, reduction="none")
+        losses = F.binary_cross_entropy_with_logits(
+            net(augment(classifier_tensor(x), generator)), targets, reduction="none"
+        )
         optimizer.zero_grad()
         (losses * weights).mean().backward()
         optimizer.step()
@@ -244,7 +252,9 @@ def pretrain(clean: np.ndarray, spoiled: np.ndarray, epochs: int, seed: int, bat
     return net
 
 
-def fit_labels(net: MaskClassifier, x: np.ndarray, y: np.ndarray, pairs: tuple, epochs: int, seed: int) -> MaskClassifier:
+def fit_labels(
+    net: MaskClassifier, x: np.ndarray, y: np.ndarray, pairs: tuple, epochs: int, seed: int
+) -> MaskClassifier:
     """Fit a pretrained network to labels; a quarter of each batch are clean inputs, and a quarter spoiled ones."""
     rng, fitted = np.random.default_rng(seed), MaskClassifier()
     fitted.load_state_dict(net.state_dict())
@@ -252,11 +262,15 @@ def fit_labels(net: MaskClassifier, x: np.ndarray, y: np.ndarray, pairs: tuple, 
     n, n_mixed = 24, 8
     targets = torch.tensor(y, dtype=torch.float32).clamp(0.03, 0.97)
     mixed = torch.tensor([0.07] * n_mixed + [TARGETS["spoiled"]] * n_mixed)
-    certain = torch.tensor([0.5 if value in (0.12, 0.75) else 1.0 for value in y])  # less for labels of earlier cut-outs
+    certain = torch.tensor(
+        [0.5 if value in (0.12, 0.75) else 1.0 for value in y]
+    )  # less for labels of earlier cut-outs
 
     def make(chosen: np.ndarray) -> tuple:
         others = rng.integers(0, len(clean), n_mixed)
-        return np.concatenate([x[chosen], clean[others], spoiled[others]]), torch.cat([targets[chosen], mixed]), torch.cat([certain[chosen], torch.full((2 * n_mixed,), 0.35)])
+        inputs = np.concatenate([x[chosen], clean[others], spoiled[others]])
+        weights = torch.cat([certain[chosen], torch.full((2 * n_mixed,), 0.35)])
+        return inputs, torch.cat([targets[chosen], mixed]), weights
 
     orders = [rng.permutation(len(x)) for _ in range(epochs)]
     chosen = [order[start : start + n] for order in orders for start in range(0, len(x) - n + 1, n)]
@@ -276,7 +290,9 @@ def measure(scores: np.ndarray, y: np.ndarray) -> dict[str, float]:
     ranks, n_bad = scores.argsort().argsort() + 1, int(is_bad.sum())
     auc = (ranks[is_bad].sum() - n_bad * (n_bad + 1) / 2) / (n_bad * (len(is_bad) - n_bad))
     order = is_bad[scores.argsort()]
-    best = {f"bad_among_best_{share}": round(float(order[: int(share * len(order))].mean()), 4) for share in (0.65, 0.75)}
+    best = {
+        f"bad_among_best_{share}": round(float(order[: int(share * len(order))].mean()), 4) for share in (0.65, 0.75)
+    }
     return {"n": len(is_bad), "n_bad": n_bad, "auc": round(float(auc), 4), **best}
 
 
@@ -297,7 +313,10 @@ def main() -> None:
     labels = load_json(arguments.labels)
     labelled = describe_photos(arguments.data, arguments.masks, arguments.aspect, set(labels), len(labels))
     photos = describe_photos(arguments.data, arguments.masks, arguments.aspect, None, arguments.n_photos)
-    x, y = np.stack([hide_surroundings(one) for one in labelled.values()]), np.array([labels[name] for name in labelled], float)
+    x, y = (
+        np.stack([hide_surroundings(one) for one in labelled.values()]),
+        np.array([labels[name] for name in labelled], float),
+    )
     clean, spoiled = make_pairs(list(photos.values()), rng)
     toys = make_pairs(render_toys(480, rng), rng)
     pasted = paste_pairs(list(photos.values()), arguments.n_pasted, rng)
@@ -306,7 +325,8 @@ def main() -> None:
     is_held = np.arange(len(x)) % 5 == 0
     part = fit_labels(net, x[~is_held], y[~is_held], pairs, arguments.epochs[1], arguments.seed)
     sizes = {"n_spoiled": len(clean), "n_pasted": len(pasted[0]), "n_toys": len(toys[0])}
-    report = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum()), **sizes}
+    counts = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum())}
+    report = {**counts, **sizes}
     report["held_out"] = measure(score_all(part, x[is_held]), y[is_held])
     final = fit_labels(net, x, y, pairs, arguments.epochs[1], arguments.seed)
     config = {"kind": "mask classifier", "widths": list(final.widths), "report": report}

@@ -15,7 +15,7 @@ from carproto.files import load_json, save_json
 from carproto.run import load_checkpoint
 from carproto.weights import save_weights
 
-PARTS = ("G", "D", "F", "G_ema")  # networks of a checkpoint; F are the heads on pretrained features
+PARTS = ("G", "D", "F", "G_ema", "E", "E_ema")  # of a checkpoint: F the heads on pretrained features, E the encoder
 
 
 def write_milestone(run: Path, folder: Path) -> Path:

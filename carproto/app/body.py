@@ -73,7 +73,8 @@ def parse_edits(
         try:
             edits[name.strip()] = float(amount)
         except ValueError:
-            raise CarprotoError(f"edit {part!r} is not understood: write height=-0.05, with commas between edits") from None
+            message = f"edit {part!r} is not understood: write height=-0.05, with commas between edits"
+            raise CarprotoError(message) from None
     return edits
 
 
@@ -84,7 +85,8 @@ def edit_recipe(
 ) -> BlendRecipe:  # with both latents edited
     "Edit both cars of a blend."
     if recipe.common not in ("", editor.generator):
-        raise CarprotoError(f"this recipe was made with another generator ({recipe.common}): give the editor of that one")
+        message = f"this recipe was made with another generator ({recipe.common})"
+        raise CarprotoError(f"{message}: give the editor of that one")
     before = recipe.edits or {"z_a": recipe.z_a, "z_b": recipe.z_b}
     ends = {name: before[name] for name in ("z_a", "z_b")}
     edited = editor.edit(torch.tensor([ends["z_a"], ends["z_b"]]), amounts).tolist()

@@ -122,7 +122,8 @@ def load(
     edits = recipe.edits or {"amounts": {}, "z_a": recipe.z_a, "z_b": recipe.z_b}
     unknown = sorted(set(edits["amounts"]) - set(self.body))
     if unknown:
-        raise CarprotoError(f"this recipe edits {', '.join(unknown)}, which this studio cannot: open it with its own editor")
+        names = ", ".join(unknown)
+        raise CarprotoError(f"this recipe edits {names}, which this studio cannot: open it with its own editor")
     with self._lock:
         with self.without_events():
             self._move_sliders({})

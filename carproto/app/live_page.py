@@ -216,7 +216,8 @@ def read_card(
     if not path.is_file():
         return ""
     paragraphs = path.read_text(encoding="utf-8").split("\n\n")
-    text = " ".join(next((part for part in paragraphs if not part.startswith("#")), "").replace("`", "").replace("**", "").split())
+    first = next((part for part in paragraphs if not part.startswith("#")), "")
+    text = " ".join(first.replace("`", "").replace("**", "").split())
     return text if len(text) <= max_length else text[:max_length].rsplit(". ", 1)[0] + "."
 
 

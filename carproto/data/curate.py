@@ -35,7 +35,7 @@ from ..viz import image_grid
 def curate(
     folder: str | Path,  # searched with its subfolders; verdicts go to its metadata.jsonl
     *,
-    classify_view: Callable | None = None,  # images (N, 3, 128, 128) to probabilities (N, 8), see `train_view_classifier`; None predicts none
+    classify_view: Callable | None = None,  # images (N, 3, 128, 128) to probabilities (N, 8); None predicts none
     views: Sequence[str] = KEPT_VIEWS,  # views that stay
     min_confidence: float = 0.5,  # least probability of `views`, 0 to 1, see `choose_confidence`
     quality: dict | None = None,  # options of `assess_quality`
@@ -77,7 +77,9 @@ def curate(
 def _open_sets(folder: str | Path, against: str | Path | Sequence[str | Path]) -> tuple[PictureSet, list[PictureSet]]:
     "Open the folder to curate, and the other sets."
     if Path(folder).is_file():
-        raise CarprotoError(f"{folder} is a file: unpack it into a folder and curate that, for verdicts beside the pictures")
+        raise CarprotoError(
+            f"{folder} is a file: unpack it into a folder and curate that, for verdicts beside the pictures"
+        )
     others = [against] if isinstance(against, (str, Path)) else against
     ours, *theirs = (PictureSet(Path(path)) for path in [folder, *others])
     if len(ours.manifests) > 1 and not (ours.path / "metadata.jsonl").exists():
@@ -92,7 +94,9 @@ def _open_sets(folder: str | Path, against: str | Path | Sequence[str | Path]) -
 def _new_verdicts(ours: PictureSet, known: dict[str, dict], keeps_views: bool) -> list[dict]:
     "Make one row for each picture, without old verdicts; predicted views stay if wanted."
     guesses = ("view_guess", "view_confidence") if keeps_views else ()
-    known = {name: without_verdict(row) | {key: row[key] for key in guesses if key in row} for name, row in known.items()}
+    known = {
+        name: without_verdict(row) | {key: row[key] for key in guesses if key in row} for name, row in known.items()
+    }
     for name, view in read_labels(ours.path).items():
         known.setdefault(name, {"file_name": name})["view"] = view
     return [

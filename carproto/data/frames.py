@@ -26,7 +26,7 @@ ALIGN_FILE = "align.json"  # beside metadata.jsonl: the configuration of a data 
 
 def find_aligner(
     path: str | Path,  # folder of photos
-    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it when a mask is missing
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
 ) -> Aligner | None:  # what `CarImages` takes as `align`; None when the photos were not aligned
     "Find the configuration with which a folder was aligned."
     file = Path(path).expanduser() / ALIGN_FILE
@@ -41,12 +41,17 @@ def check_frame(
     if expected == given:
         return
     if given is None:
-        raise CarprotoError("these weights expect aligned cars: align the pictures first (carproto curate FOLDER --align, or `align_for`)")
+        raise CarprotoError(
+            "these weights expect aligned cars: align the pictures first "
+            "(carproto curate FOLDER --align, or `align_for`)"
+        )
     if expected is None:
         raise CarprotoError("these weights expect photos as they are: give the pictures without alignment")
     differing = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
     fields = ", ".join(differing)
-    raise CarprotoError(f"these weights expect another frame ({fields} differ): align the pictures again, with the weights' frame")
+    raise CarprotoError(
+        f"these weights expect another frame ({fields} differ): align the pictures again, with the weights' frame"
+    )
 
 # %% ../../nbs/3_data/17_frames.ipynb #0306b66c
 def align_for(
@@ -54,7 +59,7 @@ def align_for(
     pictures: Sequence[bytes],  # contents of picture files
     size: int,  # side of the results in pixels
     *,
-    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None finds or downloads it
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
     views: Sequence[str | None] | None = None,  # one a picture; None where unknown, and not mirrored
 ) -> list[Image.Image | str]:  # for each the aligned car (size, size), RGB, or the reason why there is none
     "Align uploaded pictures to the frame of released weights."
@@ -62,7 +67,9 @@ def align_for(
     return [_align_one(aligner, data, size, views[i] if views else None) for i, data in enumerate(pictures)]
 
 
-def _align_one(aligner: Aligner, source: Image.Image | str | Path | bytes, size: int, view: str | None) -> Image.Image | str:
+def _align_one(
+    aligner: Aligner, source: Image.Image | str | Path | bytes, size: int, view: str | None
+) -> Image.Image | str:
     "Align one picture, or return the reason why it is rejected; raise `CarprotoError` when a network cannot be loaded."
     try:
         if isinstance(source, Image.Image):
@@ -88,9 +95,9 @@ def align_cars(
     size: int = 64,  # side of the results in pixels
     config: AlignConfig = DEFAULT_ALIGN,  # frame, and limits for masks
     *,
-    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None finds or downloads it
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
     views: Sequence[str | None] | None = None,  # one a picture; None where unknown, and not mirrored
-) -> tuple[torch.Tensor, list[str | None]]:  # aligned cars (n, 3, size, size), -1 to 1; for each picture None, or the reason why it is missing
+) -> tuple[torch.Tensor, list[str | None]]:  # cars (n, 3, size, size), -1 to 1; by picture why it is missing, or None
     "Align the cars of photos."
     aligner = Aligner(config, segment=segment)
     cars, reasons = [], []

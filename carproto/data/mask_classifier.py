@@ -95,7 +95,9 @@ def load_mask_classifier(
 ) -> MaskClassifier:  # in evaluation mode, on the CPU
     "Load the mask classifier; raise `CarprotoError` when it is missing or damaged."
     folder = find_weights(name)
-    config = load_config(folder, "mask classifier", {"widths": many(whole(1, 1024), 1, 5)}, hint=": give another folder or release")
+    config = load_config(
+        folder, "mask classifier", {"widths": many(whole(1, 1024), 1, 5)}, hint=": give another folder or release"
+    )
     net = MaskClassifier(config["widths"])
     return read_weights(net, folder / "model.safetensors").eval()
 
@@ -117,7 +119,7 @@ def cut_checked(
     config: AlignConfig = DEFAULT_ALIGN,
     *,
     mirrored: bool | None = None,  # whether the nose points right; None when it is not known
-) -> tuple[CutCar | None, str | None]:  # the car and None, or None and the reason to reject it, with the number behind it
+) -> tuple[CutCar | None, str | None]:  # the car and None, or None and the reason to reject it, with its number
     "Compare a mask with the limits, cut the car out, and score it."
     stretch = 1.0 if config.aspect is None else config.aspect * picture.height / picture.width
     reason = check_limits(mask, config, stretch=stretch)

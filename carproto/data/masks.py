@@ -20,7 +20,16 @@ from PIL import Image, ImageOps
 
 from ..config import CarprotoError
 from ..core import progress as progress_bar
-from .align import CUT_SIDE, DEFAULT_ALIGN, AlignConfig, CutCar, align_car, align_cut, cut_car, needs_mirror
+from carproto.data.align import (
+    CUT_SIDE,
+    DEFAULT_ALIGN,
+    AlignConfig,
+    CutCar,
+    align_car,
+    align_cut,
+    cut_car,
+    needs_mirror,
+)
 from .mask_classifier import cut_checked, load_mask_classifier
 from .mask_limits import measure_mask
 from .segmenter import load_segmenter
@@ -85,7 +94,7 @@ class Aligner:
         self,
         config: AlignConfig = DEFAULT_ALIGN,
         *,
-        segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it when a mask is missing
+        segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
         masks: str | Path | None = None,  # folder of masks that were computed before; None means the data set's
     ):
         self.config = config
@@ -230,7 +239,11 @@ def turn_toy(
     factors: CarFactors,  # of a toy car
 ) -> CarFactors:  # of the car that faces left
     "Return the factors of the mirrored toy car."
-    return replace(factors, view="front-left", light=-factors.light) if needs_mirror(factors.view, self.config) else factors
+    return (
+        replace(factors, view="front-left", light=-factors.light)
+        if needs_mirror(factors.view, self.config)
+        else factors
+    )
 
 
 @patch

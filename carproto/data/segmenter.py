@@ -38,7 +38,7 @@ def find_network(
     *,
     timeout: float = 30.0,  # seconds without an answer
 ) -> Path:  # its file
-    "Find a network's file in rembg's folders or the cache, or download it once; raise `CarprotoError` when it cannot be had."
+    "Find a network's file in rembg's folders or the cache, or download it once; raise `CarprotoError` without it."
     file = f"{name}.onnx"
     home = os.environ.get("U2NET_HOME")
     target = cache_folder() / "networks" / file
@@ -52,7 +52,9 @@ def find_network(
             download(f"{source}/{file}", temporary, _SHA256.get(name, ""), timeout=timeout, max_bytes=_MAX_BYTES)
             md5 = hashlib.md5(temporary.read_bytes(), usedforsecurity=False).hexdigest()
             if md5 != _NETWORKS[name][0]:
-                raise CarprotoError(f"{source}/{file} is not the file expected (MD5 {md5}): try again on another network")
+                raise CarprotoError(
+                    f"{source}/{file} is not the file expected (MD5 {md5}): try again on another network"
+                )
     except CarprotoError as error:
         raise CarprotoError(f"{error}; or give the path of {file}") from error
     return target
@@ -93,7 +95,7 @@ class Segmenter:
 
 # %% ../../nbs/3_data/15_segmenter.ipynb #e5ecf9de
 def load_segmenter(
-    name: str = "u2netp",  # u2netp (4.6 MB), u2net, silueta, isnet-general-use, or any other model of rembg where it is installed
+    name: str = "u2netp",  # u2netp (4.6 MB), u2net, silueta, isnet-general-use, or with rembg any of its models
     path: str | Path | None = None,  # its file; None looks for it and else downloads it
     *,
     threads: int | None = None,  # for the network; None takes as many as torch does
@@ -112,7 +114,9 @@ def load_segmenter(
     try:
         session = runtime.InferenceSession(str(file), config, providers=runtime.get_available_providers())
     except Exception as error:  # onnxruntime's errors have no common class of their own
-        message = f"{file} does not hold the whole network {name} ({str(error).strip()[:80]}): copy or download it again"
+        message = (
+            f"{file} does not hold the whole network {name} ({str(error).strip()[:80]}): copy or download it again"
+        )
         raise CarprotoError(message) from error
     return Segmenter(session, *_NETWORKS[name][1:])
 
@@ -123,7 +127,9 @@ def _rembg_segmenter(name: str) -> Callable:
         import rembg
     except ImportError:
         names = ", ".join(_NETWORKS)
-        raise CarprotoError(f"the network {name!r} needs rembg: pip install 'rembg[cpu]', or choose one of {names}") from None
+        raise CarprotoError(
+            f"the network {name!r} needs rembg: pip install 'rembg[cpu]', or choose one of {names}"
+        ) from None
     try:
         session = rembg.new_session(name)
     except ValueError as error:
