@@ -82,8 +82,8 @@ def same_car(pipeline: CarPipeline, editor, measure, n: int) -> float:
     points = perceptual_embedding(G(z), pipeline.perceptual)
     apart = (points - points.roll(1, 0)).square().sum(1).quantile(0.5)
     close = []
-    for k, name in enumerate(editor.names):
-        moved = editor.edit_measured(z, {name: editor.spread[k].item()}, G, measure)
+    for name in editor.editable:
+        moved = editor.edit_measured(z, {name: editor.spread[editor.names.index(name)].item()}, G, measure)
         close.append((perceptual_embedding(G(moved), pipeline.perceptual) - points).square().sum(1) < apart)
     return torch.cat(close).float().mean().item()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_measure', 'fit_body', 'find_body', 'describe_attribute', 'parse_edits', 'edit_recipe']
 
-# %% ../../nbs/8_app/04_body.ipynb #f692bac1
+# %% ../../nbs/8_app/04_body.ipynb #d026177c
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -20,8 +20,8 @@ from ..latent.edit import LatentEditor, Measure, fit_editor, load_editor, toy_at
 from ..toycars.regressor import factor_regressor
 from ..weights import find_weights
 
-# %% ../../nbs/8_app/04_body.ipynb #78a40839
-_TOYS = ("height", "wheel", "lightness")  # what the factor regressor measures well
+# %% ../../nbs/8_app/04_body.ipynb #de685863
+_TOYS = ("height", "lightness", "red_green", "yellow_blue")  # what the factor regressor measures well
 
 
 def find_measure(
@@ -60,10 +60,9 @@ def describe_attribute(
     name: str,  # of an attribute
 ) -> Attribute:  # its label, unit, scale and decimals
     "Say how an attribute is shown."
-    known = ATTRIBUTES | {"wheel": Attribute("Wheel radius", " %", 100.0, 1)}
-    return known.get(name, Attribute(name.capitalize(), "", 1.0, 2))
+    return ATTRIBUTES.get(name, Attribute(name.replace("_", " ").capitalize(), "", decimals=2))
 
-# %% ../../nbs/8_app/04_body.ipynb #beab2af2
+# %% ../../nbs/8_app/04_body.ipynb #03ef5718
 def parse_edits(
     text: str,  # such as "height=-0.05,lightness=20"
 ) -> dict[str, float]:  # change by attribute, in its unit

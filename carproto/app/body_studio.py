@@ -51,7 +51,7 @@ class BodyStudio(IntensityStudio):
         **options,  # of `IntensityStudio`
     ):
         self.editor = editor
-        self.body = {name: _make_slider(editor, k) for k, name in enumerate(editor.names)}
+        self.body = {name: _make_slider(editor, k) for k, name in enumerate(editor.names) if name in editor.editable}
         self.reset = widgets.Button(description="Reset", tooltip="Take all edits back", icon="undo")
         self.tab = widgets.Tab([widgets.VBox([*self.body.values(), self.reset])])
         self.tab.set_title(0, "Body")
@@ -122,7 +122,8 @@ def load(
     edits = recipe.edits or {"amounts": {}, "z_a": recipe.z_a, "z_b": recipe.z_b}
     unknown = sorted(set(edits["amounts"]) - set(self.body))
     if unknown:
-        raise CarprotoError(f"this recipe edits {', '.join(unknown)}, which this studio cannot: open it with its own editor")
+        names = ", ".join(unknown)
+        raise CarprotoError(f"this recipe edits {names}, which this studio cannot: open it with its own editor")
     with self._lock:
         with self.without_events():
             self._move_sliders({})

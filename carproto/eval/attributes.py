@@ -105,7 +105,7 @@ ATTRIBUTES = {
     "clearance": Attribute("Ground clearance", **_SHARE),
     "wheelbase": Attribute("Wheelbase", **_SHARE),
 }
-EDITABLE = ("height", "hood", "cabin", "lightness", "yellow_blue")  # measured well in each view, and free of each other
+EDITABLE = ("height", "hood", "cabin", "lightness", "red_green", "yellow_blue")  # measured well in each view
 
 # %% ../../nbs/5_eval/05_attributes.ipynb #6a77d924
 def _wheelbase(outline: _Outline) -> torch.Tensor:
