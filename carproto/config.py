@@ -64,7 +64,7 @@ def _check(config: object, names: str, low: float = 0.0, below: float = 2**63, *
 # %% ../nbs/0_base/00_config.ipynb #c15b7d9f
 Fit = Literal["squash", "crop", "letterbox"]  # how a photo becomes square
 BlendMode = Literal["norm", "slerp", "lerp"]  # path between two latents
-Precision = Literal["auto", "bf16", "fp32"]  # number format of the networks
+Precision = Literal["auto", "bf16", "fp32"]  # of the networks' numbers, bfloat16 or float32
 AUGMENTATIONS = ("color", "translation", "cutout")  # the parts of DiffAugment
 
 
@@ -81,7 +81,7 @@ def split_policy(
 
 
 def _check_precision(precision: str) -> None:
-    "Raise `CarprotoError` for an unknown number format."
+    "Raise `CarprotoError` for an unknown precision."
     if precision not in ("auto", "bf16", "fp32"):
         raise CarprotoError(f"precision {precision!r} is unknown: choose auto, bf16 or fp32")
 
@@ -93,13 +93,13 @@ class TrainConfig:
     size: int = 64  # side of the images in pixels: 16, 32, 64, 128 or 256
     width: int = 32  # channels of the generator at full resolution; the paper has 64
     z_dim: int = 128  # size of a latent; a smaller one is easier to invert
-    steps: int = 20_000  # number of generator steps
+    steps: int = 20_000  # number of generator steps; may be raised when the run is resumed
     batch: int = 32  # batch size of either network, over all processes
     d_steps: int = 1  # discriminator steps for each generator step
     lr_g: float = 5e-4  # Adam's learning rate of the generator
     lr_d: float = 1e-3  # Adam's learning rate of the discriminator
     beta1: float = 0.0  # Adam's first decay rate
-    beta2: float = 0.9  # Adam's second decay rate; 0.99 was better on photos, with two discriminator steps
+    beta2: float = 0.9  # Adam's second decay rate
     augment: str | None = "color,translation,cutout"  # DiffAugment's policy; None trains faster on large sets
     lecam_weight: float = 0.3  # weight of the LeCam penalty
     lecam_decay: float = 0.99  # decay of LeCam's running means
@@ -110,7 +110,7 @@ class TrainConfig:
     feature_size: int = 96  # side of the images for that network, pixels
     feature_weight: float = 1.0  # weight of the feature discriminator's hinge loss in the generator's loss
     lr_f: float = 4e-4  # Adam's learning rate of the feature discriminator
-    precision: Precision = "auto"  # number format; auto takes bf16 where the hardware computes in it
+    precision: Precision = "auto"  # bf16 or fp32; auto takes bf16 where the hardware computes in it
     seed: int = 0  # seed of weights, order, latents and augmentation
     report_every: int = 500  # steps between sample grids and measurements
 
@@ -160,7 +160,7 @@ class FinetuneConfig:
     "Options of one fine-tuning run with FreezeD; all others are the parent's."
 
     n_frozen: int | None = None  # lower blocks of the discriminator to freeze; None means half of them
-    steps: int = 1000  # number of generator steps
+    steps: int = 1000  # number of generator steps; may be raised when the run is resumed
     batch: int | None = None  # batch size; None takes the parent's
     augment: str | None = "color,translation,cutout"  # DiffAugment's policy; None means no augmentation
     lecam_weight: float = 0.3  # weight of the LeCam penalty
@@ -195,7 +195,7 @@ class EncoderConfig:
     photo_share: float = 0.25  # photos in a batch, as a share of `batch`, where photos are given
     jitter: float = 0.02  # standard deviation of the noise added to the images
     imagenet: str | None = None  # initial weights: "download", or a file of torchvision's resnet18 (width 64)
-    precision: Precision = "auto"  # number format; auto takes bf16 where the hardware computes in it
+    precision: Precision = "auto"  # bf16 or fp32; auto takes bf16 where the hardware computes in it
     seed: int = 0  # seed of weights, latents and noise
     report_every: int = 500  # steps between evaluations
 
@@ -213,17 +213,17 @@ class EncoderConfig:
 class InvertConfig:
     "Options of an inversion."
 
-    steps: int = 100  # number of refinement steps; 0 only encodes
-    lr: float = 0.1  # Adam's learning rate on the latent; it falls to zero over the steps
+    steps: int = 100  # refinement steps of a pass; 0 only encodes; photos get a second pass for channel gains
+    lr: float = 0.1  # Adam's learning rate on the latent; it falls to zero in the second half of the steps
     pixel_weight: float = 1.0  # weight of the pixels' mean squared error, relative to the perceptual distance
     prior_weight: float = 0.02  # weight of the squared relative error of the latent's norm
     norm_slack: float | None = None  # largest relative distance of the norm from sqrt(z_dim); None means no limit
     restarts: int = 1  # number of starts for each image, of which the best counts; the first is the encoder's
-    use_channel_gains: bool = False  # also optimize a factor for each channel of each block of G
+    use_channel_gains: bool = False  # also optimize a factor for each channel of G's blocks; True in `PHOTO_INVERSION`
     channel_gain_weight: float = 10.0  # weight of the channel gains' mean squared distance from 1
     patience: int | None = None  # steps without an improvement of 0.1 % after which a batch stops; None means never
     batch: int = 32  # images refined together
-    precision: Precision = "auto"  # number format; auto takes bf16 where the hardware computes in it
+    precision: Precision = "auto"  # bf16 or fp32; auto takes bf16 where the hardware computes in it
     seed: int = 0  # seed of the further starts
 
     def __post_init__(self):
@@ -235,7 +235,7 @@ class InvertConfig:
         _check(self, "norm_slack", 0, 1)
 
 
-PHOTO_INVERSION = InvertConfig(use_channel_gains=True)  # for photos that a user gives
+PHOTO_INVERSION = InvertConfig(use_channel_gains=True)  # default of pipeline, command line and studio
 
 # %% ../nbs/0_base/00_config.ipynb #384671ef
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 __all__ = ['invert_folder', 'encode', 'train_folder', 'parse_intensities', 'open_pipeline', 'make_blend', 'blend']
 
 # %% ../../nbs/8_app/32_latent_commands.ipynb #80e5ca65
+import warnings
 from pathlib import Path
 
 import torch
@@ -53,14 +54,27 @@ def encode(
     options: Encode,  # the generators, the photos and the choices
 ) -> None:
     "Train the encoder of one or two generators, or resume that, and invert photos."
-    if options.encoder is None:
+    if options.encoder is None and options.pipeline is None:
         train_folder(options)
         if options.pictures is None:
             return
-    encoder = f"{options.encoder or options.run}/encoder"
-    pipeline = CarPipeline.from_parts(options.common, options.futuristic, encoder, fit=options.fit)
-    pipeline.inversion = options.refine
+    if options.pipeline is not None:
+        pipeline = _open_release(options)
+    else:
+        encoder = f"{options.encoder or options.run}/encoder"
+        pipeline = CarPipeline.from_parts(options.common, options.futuristic, encoder, fit=options.fit)
+        pipeline.inversion = options.refine
     invert_folder(options, pipeline)
+
+
+def _open_release(options: Encode | Blend) -> CarPipeline:
+    "Load the pipeline that `--pipeline` names; warn of parts that it lacks."
+    pipeline = CarPipeline.from_pretrained(options.pipeline, backbone=getattr(options, "backbone", None))
+    if pipeline.note:
+        warnings.warn(pipeline.note, stacklevel=2)
+    pipeline.fit = options.fit or pipeline.fit
+    pipeline.inversion = options.refine
+    return pipeline
 
 
 def train_folder(
@@ -128,6 +142,8 @@ def open_pipeline(
     options: Blend,  # the generators, the encoder and the probe
 ) -> CarPipeline:  # with what these options need
     "Gather the parts for a blend; raise `CarprotoError` for one that is missing."
+    if options.pipeline is not None:
+        return _open_release(options)
     encoder = None if options.encoder is None else f"{options.encoder}/encoder"
     compares = encoder is not None or options.calibrate_by is not None
     pipeline = CarPipeline.from_parts(
@@ -153,7 +169,7 @@ def make_blend(
         options.car_a,
         options.car_b,
         steps.tolist(),
-        calibrated=options.calibrate_by is not None,
+        calibrated=False if options.uncalibrated else None,
         latent=_separate(options.latent, len(steps), options.extrapolate),
         generator=_separate(options.generator, len(steps), options.extrapolate),
         levels=None if options.levels is None else parse_intensities(options.levels).tolist(),
@@ -170,7 +186,10 @@ def blend(
         pipeline = open_pipeline(options)
         recipe = make_blend(options, pipeline)
     else:
-        pipeline = CarPipeline.from_parts(options.common, options.futuristic, metric=None)
+        parts = (options.common, options.futuristic)
+        if options.pipeline is not None:
+            parts = (f"{options.pipeline}/common", f"{options.pipeline}/futuristic")
+        pipeline = CarPipeline.from_parts(*parts, metric=None)
         recipe = load_recipe(options.recipe)
     if options.edit is not None:
         recipe = edit_recipe(recipe, load_editor(options.editor, pipeline.fingerprints[0]), parse_edits(options.edit))

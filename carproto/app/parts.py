@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .photos import ERROR_P99
 from ..blend.speed import regressor_features
 from ..config import PHOTO_INVERSION, CarprotoError, InvertConfig
 from ..data.align import config_of
@@ -26,6 +25,7 @@ from ..gan.sngan import Discriminator, Generator, save_discriminator, save_gener
 from ..gan.train import best_generator, load_discriminator
 from ..images import FITS
 from ..latent.encoder import LatentEncoder, load_encoder, load_encoder_config, save_encoder
+from ..latent.invert import ERROR_P99
 from ..toycars.regressor import factor_regressor
 from ..weights import IN_REPOSITORY, find_weights, load_config, whole, word
 
