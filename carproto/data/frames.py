@@ -7,6 +7,7 @@ __all__ = ['ALIGN_FILE', 'find_aligner', 'check_frame', 'align_for', 'align_cars
 
 # %% ../../nbs/3_data/17_frames.ipynb #7488f2df
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -61,9 +62,13 @@ def align_for(
     *,
     segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
     views: Sequence[str | None] | None = None,  # one a picture; None where unknown, and not mirrored
+    max_defect_score: float | None = None,  # reject cut-outs above it, 0 to 1; None takes the limit for training
 ) -> list[Image.Image | str]:  # for each the aligned car (size, size), RGB, or the reason why there is none
     "Align uploaded pictures to the frame of released weights."
-    aligner = Aligner(config_of(frame), segment=segment)
+    config = config_of(frame)
+    if max_defect_score is not None:
+        config = replace(config, max_defect_score=max_defect_score)
+    aligner = Aligner(config, segment=segment)
     return [_align_one(aligner, data, size, views[i] if views else None) for i, data in enumerate(pictures)]
 
 
