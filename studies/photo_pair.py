@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from milestone import read_milestone  # noqa: E402
 
 from carproto.config import CarprotoError, FinetuneConfig, JointConfig, TrainConfig  # noqa: E402
-from carproto.data.align import AlignConfig, frame_of  # noqa: E402
+from carproto.data.align import AlignConfig, describe_frame  # noqa: E402
 from carproto.data.dataset import CarImages  # noqa: E402
 from carproto.data.masks import Aligner  # noqa: E402
 from carproto.eval.features import mobilenet_extractor  # noqa: E402
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     cars, unseen = (open_aligned(path, arguments) for path in (arguments.data, arguments.heldout))
     evaluator = Evaluator(unseen.images, mobilenet_extractor(arguments.extractor, 96), n_fake=1000)
-    about = {"data": arguments.data.name, "heldout": arguments.heldout.name, "frame": frame_of(cars.align.config)}
+    about = {"data": arguments.data.name, "heldout": arguments.heldout.name, "frame": describe_frame(cars.align.config)}
     options = {
         "evaluate": evaluator.evaluate,
         "heldout": unseen.images,

@@ -40,7 +40,7 @@ class Trainer:
     def __init__(
         self,
         images: torch.Tensor,  # uint8 (N, 3, size, size), the training images
-        config: TrainConfig,  # every choice of the run
+        config: TrainConfig,  # hyperparameters of the run
         device: torch.device,  # where to train
         *,
         processes: Processes | None = None,  # the processes that train together; None means this process alone
@@ -169,15 +169,15 @@ def step_generator(
     more = self.step_further()
     self.optimizer_g.step()
     self.step += 1
-    self._update_ema()
+    self._update_ema(self.G_ema, self.G)
     return {"loss_g": loss.detach(), **more}
 
 # %% ../../nbs/4_gan/08_trainer.ipynb #5902e56a
 @patch
-def _update_ema(self: Trainer) -> None:
-    "Move `G_ema` towards `G` by one step of the exponential moving average (Yazici et al. 2018, arXiv:1806.04498)."
+def _update_ema(self: Trainer, ema: torch.nn.Module, net: torch.nn.Module) -> None:
+    "Move an EMA towards its network by one step (Yazici et al. 2018, arXiv:1806.04498)."
     decay = min(0.5 ** (self.config.batch / self.config.ema_images), self.step / (10 + self.step))
-    get_ema_multi_avg_fn(decay)(list(self.G_ema.parameters()), list(self.G.parameters()), None)
+    get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(net.parameters()), None)
 
 
 @patch
@@ -192,7 +192,7 @@ def snapshot_ema(
 def step_further(
     self: Trainer,
 ) -> dict[str, torch.Tensor]:  # scalars by name
-    "Add gradients of further losses to the generator's, before its optimizer steps; here there are none."
+    "Add further gradients to the generator's before its optimizer steps; a subclass steps its own networks too."
     return {}
 
 
@@ -280,7 +280,7 @@ def _set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 # %% ../../nbs/4_gan/08_trainer.ipynb #5f624da8
 def read_config(
     run: RunFolder,  # of a generator's training
-) -> TrainConfig:  # its choices
+) -> TrainConfig:  # its hyperparameters
     "Read the configuration of a run; raise `CarprotoError` when the folder holds none, or of another kind."
     of_joint_tuning = {field.name for field in fields(JointConfig)} - {field.name for field in fields(TrainConfig)}
     try:

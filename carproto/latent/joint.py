@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..config import CarprotoError, JointConfig
 from ..core import seeded
@@ -112,19 +111,19 @@ class JointTrainer(Trainer):
 def step_further(
     self: JointTrainer,
 ) -> dict[str, torch.Tensor]:  # "loss_pixel", "loss_perceptual" where there are features, "loss_white", "loss_gains"
-    "Reconstruct photos, step the encoder, and add the generator's gradients."
+    "Reconstruct photos, step the encoder and its EMA, and add the gradients of the generator, which steps afterwards."
     config, x = self.config, self.photos.next_batch()
     self.E.train()
     self.G.eval()  # running statistics, which samples set
     with self.autocast():
         raw, channel_gains = self.E.encode_raw(x)
-        again = self.G(self.E.scale(raw), channel_gains)
-    errors = {"loss_pixel": F.mse_loss(again, x)}
+        reconstruction = self.G(self.E.scale(raw), channel_gains)
+    errors = {"loss_pixel": F.mse_loss(reconstruction, x)}
     total = config.pixel_weight * errors["loss_pixel"]
     if self.perceptual is not None:
         with torch.no_grad():
             target = self.perceptual.describe(x)
-        errors["loss_perceptual"] = self.perceptual.distance_to(target, again).mean()
+        errors["loss_perceptual"] = self.perceptual.distance_to(target, reconstruction).mean()
         total = total + config.perceptual_weight * errors["loss_perceptual"]
     errors["loss_white"] = self.white(self.E.scale(raw))
     errors["loss_gains"] = (channel_gains - 1).square().mean()
@@ -134,8 +133,7 @@ def step_further(
     total.backward()
     self.optimizer_e.step()
     self.G.train()
-    decay = min(0.5 ** (config.batch / config.ema_images), self.step / (10 + self.step))
-    get_ema_multi_avg_fn(decay)(list(self.E_ema.parameters()), list(self.E.parameters()), None)
+    self._update_ema(self.E_ema, self.E)
     return {name: value.detach() for name, value in errors.items()}
 
 # %% ../../nbs/6_latent/04_joint.ipynb #a252a4f8
@@ -150,8 +148,8 @@ def measure(
     if heldout is None:
         return {}
     x = to_tensor(heldout[:256]).to(self.device)
-    again = torch.cat([reconstruct(self.E_ema.eval(), G, part) for part in x.split(64)])
-    return {"photo_r2": explained_variance(again, x)}
+    reconstructions = torch.cat([reconstruct(self.E_ema.eval(), G, part) for part in x.split(64)])
+    return {"photo_r2": explained_variance(reconstructions, x)}
 
 
 @patch
