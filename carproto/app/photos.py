@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from ..config import CarprotoError, InvertConfig
-from ..data.align import config_of, frame_of
+from ..data.align import config_from_frame, describe_frame
 from ..data.dataset import is_toys
 from ..data.frames import align_for, check_frame, find_aligner
 from ..data.masks import Aligner
@@ -44,9 +44,9 @@ def open_photos(
     photos: Sequence[Photo],  # files, or their contents
     size: int,  # of the images, pixels
     *,
-    fit: str = "squash",  # how a photo becomes square, one of `FITS`; where there is no frame
-    frame: dict | None = None,  # where an aligned car stands, from `frame_of`; None for photos as they are
-    segment: Callable | None = None,  # from picture to mask, for a frame; None loads a network
+    fit: str = "squash",  # how a photo becomes square, one of `FITS`; where there is no alignment frame
+    frame: dict | None = None,  # alignment frame, from `describe_frame`; None for photos as they are
+    segment: Callable | None = None,  # from picture to mask, for an alignment frame; None loads a network
     names: Sequence[str] | None = None,  # for error messages; None takes the names of the files
     views: Sequence[str | None] | None = None,  # where the noses point; None when nobody knows, and none is mirrored
 ) -> torch.Tensor:  # float (N, 3, size, size) in [-1, 1]
@@ -69,16 +69,16 @@ def open_photos(
 
 def make_aligner(
     path: str | Path,  # folder or zip of photos, or toycars
-    frame: dict | None,  # of the weights, from `frame_of`; None for photos as they are
+    frame: dict | None,  # alignment frame of the weights, from `describe_frame`; None for photos as they are
     segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None downloads it
-) -> Aligner | None:  # what `open_cars` takes as `align`; None without a frame
-    "Make what aligns a data set to a frame; raise `CarprotoError` for a folder aligned to another frame."
+) -> Aligner | None:  # what `open_cars` takes as `align`; None without an alignment frame
+    "Make what aligns a data set to an alignment frame; raise `CarprotoError` for a folder aligned to another one."
     if frame is None:
         return None
     aligner = None if is_toys(path) else find_aligner(path, segment)
     if aligner is None:
-        return Aligner(config_of(frame), segment=segment)
-    check_frame(frame, frame_of(aligner.config))
+        return Aligner(config_from_frame(frame), segment=segment)
+    check_frame(frame, describe_frame(aligner.config))
     return aligner
 
 # %% ../../nbs/8_app/00_photos.ipynb #c6e92aea
