@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_SEED', 'MAX_WIDTH', 'MAX_Z_DIM', 'Fit', 'BlendMode', 'Precision', 'AUGMENTATIONS', 'PHOTO_INVERSION',
-           'CarprotoError', 'check_size', 'check_seed', 'check_numbers', 'split_policy', 'TrainConfig', 'JointConfig',
-           'FinetuneConfig', 'EncoderConfig', 'InvertConfig', 'DemoPlan']
+           'STYLE_INVERSION', 'CarprotoError', 'check_size', 'check_seed', 'check_numbers', 'split_policy',
+           'TrainConfig', 'JointConfig', 'FinetuneConfig', 'EncoderConfig', 'InvertConfig', 'DemoPlan']
 
 # %% ../nbs/0_base/00_config.ipynb #eff0fcb2
 from dataclasses import asdict, dataclass
@@ -236,6 +236,8 @@ class InvertConfig:
 
 
 PHOTO_INVERSION = InvertConfig(use_channel_gains=True)  # default of pipeline, command line and studio
+# for photos, where the encoder was tuned with the generator: its channel gains are reliable, so they may move further
+STYLE_INVERSION = InvertConfig(lr=0.2, pixel_weight=5.0, use_channel_gains=True, channel_gain_weight=1.0)
 
 # %% ../nbs/0_base/00_config.ipynb #384671ef
 @dataclass(frozen=True)

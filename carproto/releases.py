@@ -77,6 +77,30 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "3cf0b3034dcc28ad64365e4433d0df1c2b8df79d6e43913412438c8d045bd4ab",
         "model.safetensors": "e5dd1a1c58c91e31ce4c184a073d55427abca5f987b688aafad73a9e98b7c8dc",
     },
+    "photo64/common": {
+        "config.json": "4deb1806b16fd6e8937be169b4c3d637a2507e058fa5f3b1bda50de9da0a62eb",
+        "model.safetensors": "fd613f7248b6d2b204e40be5fdda47bcea7556fe43211b6bd1b725512038cda0",
+    },
+    "photo64/common/discriminator": {
+        "config.json": "254360a5dd642a20c48f7d459a40220c219996514bb16df4ff1a51fea741047f",
+        "model.safetensors": "d4456bbda6267e9f34c55031efaa2d5261b691068e5442503f07e21bdf0c73e2",
+    },
+    "photo64/encoder": {
+        "config.json": "032a00edc61602fc503ea3fd31ee065ce8fa1bf69a2c6aa63fb61b8a8c3dc312",
+        "model.safetensors": "e2986928b4dcaf58ca96dca854fa22a17dd649590dac7c03d84a52559654a2de",
+    },
+    "photo64/futuristic": {
+        "config.json": "a7d7aee40b2867df0f947db64833c196f113d3279dd338fc102b2238d9cefcd4",
+        "model.safetensors": "241014ce17b77254db7d520a9d761309398040e45db217dcd453577397f94e5d",
+    },
+    "photo64/futuristic/discriminator": {
+        "config.json": "254360a5dd642a20c48f7d459a40220c219996514bb16df4ff1a51fea741047f",
+        "model.safetensors": "4872897c08e16af0261d5c058abd5108d51fa9ae9fed26c69b18b081df633f28",
+    },
+    "photo64/probe": {
+        "config.json": "37124ff6f7f90c1cf5e2eff15b172bbe91b3a83680a5fe01bece07ed485186f1",
+        "model.safetensors": "3b3137d444011f707afeacbb6c3689efd4b8051bd384aef73fb9f2207cbe36a2",
+    },
     "real64/common": {
         "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",
         "model.safetensors": "52b1d865bbf49434e9068490a857417ce1e7379acd0fef4bf58ac89c6b845e47",

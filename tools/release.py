@@ -25,7 +25,7 @@ from carproto.weights import IN_REPOSITORY
 
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
 PATH_FIELDS = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
-LIMIT_MB = 20
+LIMIT_MB = 24
 
 
 def find_generator(run: Path) -> Path:

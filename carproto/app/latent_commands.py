@@ -16,7 +16,7 @@ from .options import Blend, Encode
 from .pipeline import CarPipeline
 from ..blend.interpolate import check_intensities
 from ..blend.recipe import MAX_FRAMES, BlendRecipe, load_recipe, save_blend
-from ..config import CarprotoError
+from ..config import PHOTO_INVERSION, CarprotoError
 from ..data.dataset import open_cars
 from ..data.heldout import open_both
 from ..files import save_json
@@ -63,7 +63,7 @@ def encode(
     else:
         encoder = f"{options.encoder or options.run}/encoder"
         pipeline = CarPipeline.from_parts(options.common, options.futuristic, encoder, fit=options.fit)
-        pipeline.inversion = options.refine
+        _set_inversion(pipeline, options)
     invert_folder(options, pipeline)
 
 
@@ -73,7 +73,7 @@ def _open_release(options: Encode | Blend) -> CarPipeline:
     if pipeline.note:
         warnings.warn(pipeline.note, stacklevel=2)
     pipeline.fit = options.fit or pipeline.fit
-    pipeline.inversion = options.refine
+    _set_inversion(pipeline, options)
     return pipeline
 
 
@@ -107,6 +107,12 @@ def train_folder(
     explained = f"{scores['image_r2']:.0%} of the variance of generated images{of_photos} is explained"
     print(f"held-out R2 of the latents {scores['r2']:.3f}; {explained}")
     print(f"the encoder is in {options.run}/encoder; its measures by step are in {options.run}/stats.jsonl")
+
+
+def _set_inversion(pipeline: CarPipeline, options: Encode | Blend) -> None:
+    "Take the refinement of the command line where it differs from the default; else the pipeline knows its own."
+    if options.refine != PHOTO_INVERSION:
+        pipeline.inversion = options.refine
 
 # %% ../../nbs/8_app/32_latent_commands.ipynb #63a9efce
 def parse_intensities(
@@ -155,7 +161,7 @@ def open_pipeline(
         backbone=options.backbone,
         fit=options.fit,
     )
-    pipeline.inversion = options.refine
+    _set_inversion(pipeline, options)
     return pipeline
 
 

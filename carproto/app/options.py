@@ -158,7 +158,7 @@ def _check_pipeline(options: object) -> None:
 class Encode:
     "Train the latent encoder of one or two generators, and invert photos."
 
-    common: PathText = "runs/common"  # run of the common cars, or a release such as real64/common
+    common: PathText = "runs/common"  # run of the common cars, or a release such as photo64/common
     futuristic: OrNone[PathText] = None  # its fine-tuned run or release; None trains for one generator only
     run: PathText = "runs/encoder"  # folder of the encoder's run; an existing run is resumed
     data: OrNone[PathText] = None  # photos of common cars to train on, or toycars; None: generated images only
@@ -166,7 +166,7 @@ class Encode:
     heldout: OrNone[PathText] = None  # common cars for evaluation only; None: a tenth of --data
     heldout_concepts: OrNone[PathText] = None  # futuristic cars for evaluation only; None: a tenth of --concepts
     pictures: OrNone[PathText] = None  # folder or zip of photos to invert after training; None inverts none
-    encoder: OrNone[PathText] = None  # trained encoder: its folder or a release such as real64; None trains one
+    encoder: OrNone[PathText] = None  # trained encoder: its folder or a release such as photo64; None trains one
     pipeline: OrNone[PathText] = None  # release or exported folder to invert with; None: --common, --encoder
     kind: str = "common"  # generator that inverts the photos: common or futuristic
     n: int = 16  # maximum number of photos to invert
@@ -195,10 +195,10 @@ class Blend:
 
     car_a: Positional[_CarA] = None  # car at intensity 0: a photo, or seed:7 for a random latent
     car_b: Positional[_CarB] = None  # car at intensity 1: a photo, or seed:8 for a random latent
-    pipeline: OrNone[PathText] = None  # release such as real64, or exported folder; None: --common and so on
-    common: PathText = "runs/common"  # run of the common cars, or a release such as real64/common
+    pipeline: OrNone[PathText] = None  # release such as photo64, or exported folder; None: --common and so on
+    common: PathText = "runs/common"  # run of the common cars, or a release such as photo64/common
     futuristic: PathText = "runs/futuristic"  # its fine-tuned run or release
-    encoder: OrNone[PathText] = None  # folder of carproto encode, or a release such as real64; None: seeds only
+    encoder: OrNone[PathText] = None  # folder of carproto encode, or a release such as photo64; None: seeds only
     out: PathText = "runs/blend"  # folder of the frames
     intensity: str = "0:1:11"  # first:last:count, or numbers with commas; 0 is car a, 1 is car b
     latent: OrNone[str] = None  # intensities of the latent, written alike; one number fixes it; None: --intensity

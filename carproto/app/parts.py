@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from ..blend.speed import regressor_features
-from ..config import PHOTO_INVERSION, CarprotoError, InvertConfig
+from ..config import PHOTO_INVERSION, STYLE_INVERSION, CarprotoError, InvertConfig
 from ..data.align import config_from_frame
 from ..data.segmenter import load_segmenter
 from ..eval.futurism import FuturismProbe, futurism_scale
@@ -24,7 +24,7 @@ from ..files import cache_folder, load_json, save_json
 from ..gan.sngan import Discriminator, Generator, save_discriminator, save_generator
 from ..gan.train import best_generator, load_discriminator
 from ..images import FITS
-from ..latent.encoder import LatentEncoder, load_encoder, load_encoder_config, save_encoder
+from ..latent.encoder import LatentEncoder, StyleEncoder, load_encoder, load_encoder_config, save_encoder
 from ..latent.invert import ERROR_P99
 from ..toycars.regressor import factor_regressor
 from ..weights import IN_REPOSITORY, find_weights, load_config, whole, word
@@ -138,6 +138,8 @@ def _find_frame(folder: str | Path) -> dict | None:
 def _add_encoder(parts: PipelineParts, encoder: str | Path, device: str) -> None:
     "Add an encoder and the error that 99 % of photos stay below."
     parts.encoder = load_encoder(encoder, fingerprint=parts.fingerprints[0], device=device)
+    if isinstance(parts.encoder, StyleEncoder):
+        parts.inversion = STYLE_INVERSION
     parts.error_p99 = load_encoder_config(encoder).get("photo_rms_99") or parts.error_p99
 
 
