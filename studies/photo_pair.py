@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from milestone import read_milestone  # noqa: E402
 
 from carproto.config import CarprotoError, FinetuneConfig, JointConfig, TrainConfig  # noqa: E402
-from carproto.data.align import AlignConfig, frame_of  # noqa: E402
+from carproto.data.align import AlignConfig, describe_frame  # noqa: E402
 from carproto.data.dataset import CarImages  # noqa: E402
 from carproto.data.masks import Aligner  # noqa: E402
 from carproto.eval.features import mobilenet_extractor  # noqa: E402
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         prepare_release(arguments, cars, unseen)
         return
     evaluator = Evaluator(unseen.images, mobilenet_extractor(arguments.extractor, 96), n_fake=1000)
-    about = {"data": arguments.data.name, "heldout": arguments.heldout.name, "frame": frame_of(cars.align.config)}
+    about = {"data": arguments.data.name, "heldout": arguments.heldout.name, "frame": describe_frame(cars.align.config)}
     options = {
         "evaluate": evaluator.evaluate,
         "heldout": unseen.images,

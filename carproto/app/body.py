@@ -14,7 +14,7 @@ import torch
 from .pipeline import CarPipeline
 from ..blend.recipe import BlendRecipe
 from ..config import CarprotoError
-from ..data.align import config_of
+from ..data.align import config_from_frame
 from ..eval.attributes import ATTRIBUTES, EDITABLE, Attribute, car_opacity, measure_attributes
 from ..latent.edit import LatentEditor, Measure, fit_editor, load_editor, toy_attributes
 from ..toycars.regressor import factor_regressor
@@ -29,7 +29,7 @@ def find_measure(
 ) -> tuple[Measure, tuple[str, ...]] | None:  # with the names of its attributes; None where cars cannot be measured
     "Return what measures the cars of a pipeline."
     if pipeline.frame is not None:
-        background = config_of(pipeline.frame).background
+        background = config_from_frame(pipeline.frame).background
         return lambda images: measure_attributes(images, car_opacity(images, background)), EDITABLE
     if pipeline.futurism_source == "toys":
         return toy_attributes(factor_regressor(device="cpu", quiet=True)), _TOYS

@@ -17,7 +17,7 @@ import torch
 from .demo import run_demo
 from .options import Curate, Demo, Evaluate, Finetune, Scrape, Subspace, Train
 from ..config import CarprotoError, TrainConfig
-from ..data.align import AlignConfig, frame_of
+from ..data.align import AlignConfig, describe_frame
 from ..data.curate import contact_sheet, count_reasons
 from ..data.curate import curate as curate_photos
 from ..data.frames import find_aligner
@@ -86,7 +86,7 @@ def scrape(
 
 # %% ../../nbs/8_app/31_commands.ipynb #8b5b6403
 def _mirrored_views(options: Curate) -> tuple[str, ...] | None:
-    "Return the accepted views; alignment mirrors cars that face right, so it adds them to those that face left."
+    "Return the accepted views; with alignment, right joins left, since it is mirrored to left."
     views = options.views or (KEPT_VIEWS if options.align else None)
     return (*views, "right") if options.align and "left" in views and "right" not in views else views
 
@@ -170,7 +170,7 @@ def _open_training(options: Train | Finetune, size: int, feature_net: str | None
         "extractor": options.extractor,
     }
     if getattr(cars, "align", None):
-        about["frame"] = frame_of(cars.align.config)
+        about["frame"] = describe_frame(cars.align.config)
     shared = {
         "evaluate": evaluator and evaluator.evaluate,
         "heldout": unseen.images,

@@ -51,7 +51,7 @@ def invert_folder(
 
 # %% ../../nbs/8_app/32_latent_commands.ipynb #ee70cf0f
 def encode(
-    options: Encode,  # the generators, the photos and the choices
+    options: Encode,  # the generators, the photos and the options
 ) -> None:
     "Train the encoder of one or two generators, or resume that, and invert photos."
     if options.encoder is None and options.pipeline is None:
@@ -78,7 +78,7 @@ def _open_release(options: Encode | Blend) -> CarPipeline:
 
 
 def train_folder(
-    options: Encode,  # the generators, the photos and the choices
+    options: Encode,  # the generators, the photos and the options
 ) -> None:
     "Train an encoder on generated images and on photos, and print how well it reconstructs."
     pipeline = CarPipeline.from_parts(options.common, options.futuristic, fit=options.fit)
@@ -160,7 +160,7 @@ def open_pipeline(
 
 
 def make_blend(
-    options: Blend,  # the cars and the choices
+    options: Blend,  # the cars and the options
     pipeline: CarPipeline,  # from `open_pipeline`
 ) -> BlendRecipe:  # all that is needed to generate the frames
     "Invert both cars and plan the intensities of latent and generator."
@@ -179,7 +179,7 @@ def make_blend(
 
 
 def blend(
-    options: Blend,  # the cars or a recipe, the generators and the choices
+    options: Blend,  # the cars or a recipe, the generators and the options
 ) -> None:
     "Blend two cars, or generate a recipe's frames again, and write strip, frames, animations and recipe."
     if options.recipe is None:

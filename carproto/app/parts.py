@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..blend.speed import regressor_features
 from ..config import PHOTO_INVERSION, CarprotoError, InvertConfig
-from ..data.align import config_of
+from ..data.align import config_from_frame
 from ..data.segmenter import load_segmenter
 from ..eval.futurism import FuturismProbe, futurism_scale
 from ..eval.perceptual import PerceptualDistance, discriminator_features
@@ -45,7 +45,7 @@ class PipelineParts:
     error_p99: float = ERROR_P99  # RMS error that 99 % of photos stay below, in units of [-1, 1]
     inversion: InvertConfig = PHOTO_INVERSION  # how `encode` refines latents
     fit: str | None = None  # how a photo becomes square, one of `FITS`; None takes what the weights say
-    frame: dict | None = None  # where an aligned car stands, from `frame_of`; None for photos as they are
+    frame: dict | None = None  # alignment frame, from `describe_frame`; None for photos as they are
     segment: Callable | str | Path | None = None  # from picture to mask, or the network's file; None downloads it
     has_outlines: bool = True  # whether cars stand before a plain background, so that masks can be compared
     seed: int = 0  # of example cars
@@ -79,7 +79,7 @@ class PipelineParts:
     def segment_car(self, picture: Image.Image) -> Image.Image:
         "Return the mask of a photo; load the network at its first use."
         if not callable(self.segment):
-            self.segment = load_segmenter(config_of(self.frame).mask_model, self.segment)
+            self.segment = load_segmenter(config_from_frame(self.frame).mask_model, self.segment)
         return self.segment(picture)
 
 # %% ../../nbs/8_app/02_parts.ipynb #46323830
@@ -97,7 +97,7 @@ def load_parts(
     seed: int | None = None,  # of example cars; None is 0
     optional: bool = False,  # note what is missing beside the generators, and go on
     device: str = "cpu",  # where the networks run
-) -> PipelineParts:  # with the frame that the weights expect
+) -> PipelineParts:  # with the alignment frame that the weights expect
     "Gather the parts of a pipeline; raise `CarprotoError` for one that is missing, damaged or of another generator."
     notes = []
 
@@ -126,11 +126,11 @@ def load_parts(
 
 # %% ../../nbs/8_app/02_parts.ipynb #5b187dcb
 def _find_frame(folder: str | Path) -> dict | None:
-    "Read the frame of aligned cars that a generator was trained on; None for photos as they are."
+    "Read the alignment frame that a generator was trained on; None for photos as they are."
     for file in (find_weights(folder) / "config.json", Path(folder) / "data.json"):
         frame = load_json(file).get("frame") if file.exists() else None
         if frame is not None:
-            config_of(frame)  # raises for one of another version
+            config_from_frame(frame)  # raises for one of another version
             return frame
     return None
 

@@ -122,7 +122,7 @@ def _calibrate(self: PathView, path: BlendPath, keep: str | None) -> Iterator[No
     found, share = [], 0.4
 
     def calibrate() -> Iterator[None]:
-        found.append((yield from self.cars.pipeline.find_calibration(path.recipe, keep)))
+        found.append((yield from self.cars.pipeline.calibrate_recipe(path.recipe, keep)))
 
     for _ in calibrate():
         share += 0.03 * (0.6 - share)

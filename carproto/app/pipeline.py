@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .cars import Car, GeneratedCars, latent_of_seed, name_car
 from .parts import PipelineParts, load_parts, load_release, save_parts
-from .photos import Photo, PhotoInversion, invert_photos, make_aligner, name_photos, open_photos
+from .photos import Photo, PhotoInversion, invert_photos, make_aligner, name_photos, open_photos, turn_left
 from ..blend.calibrate import NOT_RISING, calibrate_in_pieces
 from ..blend.interpolate import check_intensities
 from ..blend.path_planning import run_to_end
@@ -81,7 +81,7 @@ def generate(
     z: torch.Tensor | None = None,  # (N, z_dim) latents, in place of `n` and `seed`
     channel_gains: torch.Tensor | None = None,  # (N, n_channel_gains), as `encode` refines them; None means 1
 ) -> torch.Tensor:  # float (N, 3, size, size) in [-1, 1], on the CPU
-    "Generate cars."
+    "Generate cars, and store their latents under hashes of the images, so that `blend` need not invert them."
     G = self.generator(kind)
     device = next(G.parameters()).device
     latents = sample_latents(n, G.z_dim, check_seed(seed)) if z is None else z
@@ -106,7 +106,7 @@ def aligner_for(
     self: CarPipeline,
     path: str | Path,  # folder or zip of photos, or toycars
 ) -> Aligner | None:  # what `open_cars` takes as `align`; None where the weights know photos as they are
-    "Make what aligns a data set to the frame of the weights; raise `CarprotoError` for a folder of another frame."
+    "Make what aligns a data set to the weights' alignment frame; raise `CarprotoError` for a folder of another one."
     return make_aligner(path, self.frame, self.segment)
 
 # %% ../../nbs/8_app/03_pipeline.ipynb #cb118e8a
@@ -118,7 +118,7 @@ def encode(
     *,
     config: InvertConfig | None = None,  # None takes the pipeline's `inversion`
     names: Sequence[str] | None = None,  # of the photos, for messages; None takes the names of the files
-    views: Sequence[str | None] | None = None,  # where the noses of photos point; None mirrors none
+    views: Sequence[str | None] | None = None,  # where the noses of photos point; None finds out
     on_step: Callable[[float], None] | None = None,  # called with the share that is done, 0 to 1
     warn: bool = True,  # whether outliers raise a warning
     quiet: bool = True,  # no bar
@@ -132,6 +132,8 @@ def encode(
     names = list(names or name_photos(images))
     if not isinstance(images, torch.Tensor):
         images = self.load_photos(images, names=names, views=views)
+        if self.frame is not None and self.frame["mirror"] and views is None:
+            images = turn_left(images, self.common, self.encoder)
     result = invert_photos(
         images,
         self.generator(kind),
@@ -149,12 +151,12 @@ def encode(
 
 # %% ../../nbs/8_app/03_pipeline.ipynb #abe6c816
 @patch
-def find_car(
+def prepare_latent(
     self: CarPipeline,
     car: Car,  # an image, a latent, a photo, "seed:7", or an inversion of one photo
     kind: str = "common",  # which generator inverts it
 ) -> tuple[list[float], list[float] | None]:  # latent, and channel gains where they were refined
-    "Turn a car into a latent; raise `CarprotoError` for anything else."
+    "Return the latent of a car; invert images that `generate` did not make; raise `CarprotoError` for anything else."
     if isinstance(car, str) and car.startswith("seed:"):
         return latent_of_seed(car, self.common.z_dim).tolist(), None
     if isinstance(car, torch.Tensor) and car.ndim == 1:
@@ -173,12 +175,12 @@ def find_car(
 
 # %% ../../nbs/8_app/03_pipeline.ipynb #ddc104b0
 @patch
-def find_calibration(
+def calibrate_recipe(
     self: CarPipeline,
     recipe: BlendRecipe,  # of the two cars
     keep: str | None = None,  # latent or generator keeps the recipe's intensities; None moves both
 ) -> Iterator[None]:  # returns a `Calibration`
-    "Calibrate two cars in pieces; raise `CarprotoError` where futurism cannot be measured."
+    "Calibrate a recipe's cars in pieces, or take the last calibration; raise `CarprotoError` without futurism."
     if self.futurism is None:
         text = "a calibrated blend needs a measure of futurism"
         raise CarprotoError(f"{text}: give a probe, or leave the intensity as it is")
@@ -202,8 +204,8 @@ def plan_blend(
     intensity: float | Sequence[float],  # of each frame, from 0 to 1
     *,
     calibrated: bool | None = None,  # whether steps are equal in futurism; None where it can be measured
-    latent: Sequence[float] | None = None,  # intensities of the latent alone; None goes with `intensity`
-    generator: Sequence[float] | None = None,  # intensities of the generator alone; None goes with `intensity`
+    latent: Sequence[float] | None = None,  # intensities (not latents) of the latent alone; None: `intensity`
+    generator: Sequence[float] | None = None,  # intensities of the generator alone; None: `intensity`
     levels: Sequence[float] | None = None,  # weight of the generator's intensity for each resolution; None means 1
     mode: str = "norm",  # path between the latents, one of `MODES`
     extrapolate: bool = False,  # allow intensities outside [0, 1]
@@ -212,7 +214,8 @@ def plan_blend(
     intensities = [intensity] if isinstance(intensity, (int, float)) else intensity
     steps = check_intensities(intensities, extrapolate=extrapolate).tolist()
     self.generator("futuristic")
-    (z_a, channel_gains_a), (z_b, channel_gains_b) = self.find_car(a, "common"), self.find_car(b, "futuristic")
+    z_a, channel_gains_a = self.prepare_latent(a, "common")
+    z_b, channel_gains_b = self.prepare_latent(b, "futuristic")
     given = {"latent": latent, "generator": generator}
     given = {name: list(values) for name, values in given.items() if values is not None}
     recipe = BlendRecipe(
@@ -232,7 +235,7 @@ def plan_blend(
     is_calibrated = self.futurism is not None if calibrated is None else calibrated
     if not is_calibrated or len(given) == 2:
         return recipe
-    calibration = run_to_end(self.find_calibration(recipe, next(iter(given), None)))
+    calibration = run_to_end(self.calibrate_recipe(recipe, next(iter(given), None)))
     if not calibration.rises:
         warnings.warn(NOT_RISING, stacklevel=2)
     return calibration(recipe, extrapolate=extrapolate)
@@ -246,7 +249,7 @@ def blend(
     intensity: float | Sequence[float],  # of each frame, from 0 to 1
     **options,  # of `plan_blend`
 ) -> torch.Tensor:  # float (n, 3, size, size) in [-1, 1]
-    "Generate the frames of a blend from a common car to a futuristic one."
+    "Generate a blend's frames; images of `generate` keep their latents, known by a hash, and others are inverted."
     return self.plan_blend(a, b, intensity, **options).generate(*self.generators)
 
 # %% ../../nbs/8_app/03_pipeline.ipynb #161d3dfd

@@ -252,7 +252,7 @@ def draw_toy(
     factors: CarFactors,  # of a toy car
     size: int,  # side in pixels
 ) -> tuple[np.ndarray, np.ndarray]:  # image (size, size, 3) uint8, and mask (size, size) bool, True on the car
-    "Render a toy car in the frame of aligned photos."
+    "Render a toy car in the alignment frame of photos."
     picture, mask = render_car(factors, min(256, 2 * size))
     outline = Image.fromarray(mask.astype(np.uint8) * 255)
     image = align_car(Image.fromarray(picture), outline, self.config, size)

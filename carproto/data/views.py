@@ -27,7 +27,7 @@ from ..weights import load_config, load_state, save_weights, whole, word
 # %% ../../nbs/3_data/10_views.ipynb #b177b8c4
 # eight views, clockwise from the left
 VIEWS = ("left", "front-left", "front", "front-right", "right", "rear-left", "rear", "rear-right")
-KEPT_VIEWS = ("left", "front-left", "front-right")  # views that face left or front
+KEPT_VIEWS = ("left", "front-left", "front-right")  # views that stay; alignment accepts right too, and mirrors it
 _MIRRORED = [4, 3, 2, 1, 0, 7, 6, 5]  # index of each view's mirror image
 _POSES = {  # turn of the camera from the front-left view in degrees, and whether the picture is mirrored
     "left": (46, False), "front-left": (0, False), "front": (-33, False), "front-right": (0, True),

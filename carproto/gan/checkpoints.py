@@ -28,10 +28,10 @@ from carproto.run import (
 # %% ../../nbs/4_gan/11_checkpoints.ipynb #e05b0d5c
 def open_run(
     run: RunFolder,  # a folder, with a run in it or not
-    config: TrainConfig,  # the choices of this call
+    config: TrainConfig,  # the options of this call
     data: dict,  # number and hash of the images
     about: dict,  # further entries for data.json
-    allow_changes: bool,  # whether choices may differ from the run's
+    allow_changes: bool,  # whether options may differ from the run's
     processes: Processes,  # the processes that train together
 ) -> list[str]:  # the changes of a run that is resumed
     "Start a run's folder, or make sure that the run in it can be resumed."
@@ -114,9 +114,9 @@ def resume(
 def log_session(
     trainer: Trainer,  # ready to step
     run: RunFolder,  # whose sessions.jsonl gets a line
-    changes: list[str],  # choices that differ from the run's beginning
+    changes: list[str],  # options that differ from the run's beginning
 ) -> None:
-    "Append the machine, the fused layers and the changed choices to sessions.jsonl."
+    "Append the machine, the fused layers and the changed options to sessions.jsonl."
     row = {"step": trainer.step, "n_processes": trainer.processes.n, "precision": trainer.precision}
     fused_layers = sorted(name for name, is_fused in trainer.fused_layers.items() if is_fused)
     row |= {"device": str(trainer.device), "changes": changes, "fused_layers": fused_layers}

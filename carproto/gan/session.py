@@ -39,19 +39,19 @@ def check_images(
     return hashlib.sha256(images.contiguous().numpy()).hexdigest()[:16]
 
 
-_RESUMABLE = ("steps", "report_every")  # choices that may change at any time
-# choices that a run cannot change
+_RESUMABLE = ("steps", "report_every")  # options that may change at any time
+# options that a run cannot change
 _FIXED = ("size", "width", "z_dim", "seed", "feature_net", "feature_size", "n_images", "data_hash")
 
 
 def check_same(
     run: RunFolder,  # a run that was started before
-    config: TrainConfig,  # the choices of this call
+    config: TrainConfig,  # the options of this call
     data: dict,  # number and hash of this call's images
-    allow_changes: bool = False,  # resume with changed choices where that is possible
-) -> list[str]:  # each changed choice as "name old -> new"
-    "Raise `CarprotoError` when a run would resume with other choices or other images; more steps are welcome."
-    # a choice newer than the run has its default
+    allow_changes: bool = False,  # resume with changed options where that is possible
+) -> list[str]:  # each changed option as "name old -> new"
+    "Raise `CarprotoError` when a run would resume with other options or other images; more steps are welcome."
+    # an option newer than the run has its default
     old = {**asdict(TrainConfig()), **run.config(), **run.data()}
     new = {**asdict(config), **data}
     changed = [name for name, value in new.items() if old.get(name) != value and name not in _RESUMABLE]
@@ -59,7 +59,7 @@ def check_same(
     if not changed or allow_changes and not set(changed) & set(_FIXED):
         return difference
     fixed = [name for name in changed if name in _FIXED]
-    advice = "keep the old choices, take another name, or allow changes"
+    advice = "keep the old options, take another name, or allow changes"
     if fixed:
         advice = f"{', '.join(fixed)} cannot change: take another name"
     raise CarprotoError(f"{run.path} was started differently ({'; '.join(difference)}): {advice}")

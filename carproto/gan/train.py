@@ -39,7 +39,7 @@ class Result:
 def train_gan(
     images: torch.Tensor,  # uint8 (N, 3, size, size), the training images
     run_dir: str | Path,  # the run's folder; a run in it is resumed
-    config: TrainConfig,  # every choice of the run
+    config: TrainConfig,  # hyperparameters of the run
     *,
     evaluate: Callable[[Generator], dict] | None = None,  # numbers of a report, as `Evaluator.evaluate`; "kid" ranks
     heldout: torch.Tensor | None = None,  # uint8 images never trained on, to watch for overfitting
@@ -47,7 +47,7 @@ def train_gan(
     about: dict | None = None,  # further entries for data.json: where the images come from
     title: str | None = None,  # of the progress bar; None takes the run's name
     max_minutes: float | None = None,  # stop cleanly after so long; None never
-    allow_changes: bool = False,  # resume a run although choices changed
+    allow_changes: bool = False,  # resume a run although hyperparameters changed
     compile: bool = False,  # use torch.compile
     make_trainer: Callable[..., Trainer] = Trainer,  # or a subclass, such as `JointTrainer`
     feature_path: str | Path | None = None,  # safetensors of `config.feature_net`; None downloads torchvision's

@@ -40,7 +40,7 @@ class Trainer:
     def __init__(
         self,
         images: torch.Tensor,  # uint8 (N, 3, size, size), the training images
-        config: TrainConfig,  # every choice of the run
+        config: TrainConfig,  # hyperparameters of the run
         device: torch.device,  # where to train
         *,
         processes: Processes | None = None,  # the processes that train together; None means this process alone
@@ -205,6 +205,7 @@ def snapshot_ema(
 ) -> Generator:  # in eval mode: the generator that a run is trained for
     "Copy the EMA and measure its BatchNorm statistics anew."
     return measure_statistics(copy.deepcopy(self.G_ema))
+
 
 # %% ../../nbs/4_gan/08_trainer.ipynb #152f43f3
 @patch

@@ -100,7 +100,7 @@ _SIDE = 32  # of the image that the principal components describe, pixels
 
 
 class StyleEncoder(LatentEncoder):
-    "ResNet18 with group normalization beside a PCA projection: images (N, 3, size, size) -> latents on the shell."
+    "ResNet18 with group normalization beside a PCA projection: images -> latents (N, z_dim) of norm sqrt(z_dim)."
 
     def __init__(
         self,
@@ -265,24 +265,24 @@ def evaluate_encoder(
     perceptual: PerceptualDistance | None = None,  # adds the mean distance of the photos' reconstructions
     n: int = 512,  # latents for each generator
     seed: int = 1_000_003,  # of the latents; training samples another stream
-) -> dict:  # "r2", "r2_of" (generators), "r2_each" (dimensions), "image_r2", "photo_r2", "photo_rms_99" and more
+) -> dict:  # "r2", "r2_of" generators, "r2_each" dimension, their minimum "r2_low" and maximum "r2_high"; image errors
     "Evaluate an encoder on held-out latents and photos."
     device = next(E.parameters()).device
     z = sample_latents(n, E.z_dim, seed=seed).to(device)
     latents = []
     images = []
-    again = []
+    reconstructions = []
     for G in generators:
         for part in z.split(64):
             images.append(G(part))
             latents.append(E(images[-1]))
-            again.append(reconstruct(E, G, images[-1]))
+            reconstructions.append(reconstruct(E, G, images[-1]))
     guess, truth = torch.cat(latents), z.repeat(len(generators), 1)
     each = 1 - (guess - truth).square().mean(0) / truth.var(0, correction=0)
     scores = {"r2": r2(truth, guess), "r2_low": each.min().item(), "r2_high": each.max().item()}
     scores["r2_each"] = each.tolist()
     scores["r2_of"] = [r2(z, part) for part in guess.split(n)]
-    scores["image_r2"] = r2(torch.cat(images).flatten(1), torch.cat(again).flatten(1))
+    scores["image_r2"] = r2(torch.cat(images).flatten(1), torch.cat(reconstructions).flatten(1))
     return scores | _evaluate_photos(E, generators, heldout, perceptual)
 
 # %% ../../nbs/6_latent/00_encoder.ipynb #9a43e182
@@ -294,19 +294,19 @@ def _evaluate_photos(
 ) -> dict:
     "Reconstruct held-out photos and compare."
     photos = []
-    again = []
+    reconstructions = []
     distances = []
     for G, images in zip(generators, heldout):
         for part in [] if images is None else images.split(64):
             photos.append(to_tensor(part).to(next(E.parameters()).device))
-            again.append(reconstruct(E, G, photos[-1]))
+            reconstructions.append(reconstruct(E, G, photos[-1]))
             if perceptual:
-                distances.append(perceptual(photos[-1], again[-1]))
+                distances.append(perceptual(photos[-1], reconstructions[-1]))
     if not photos:
         return {}
-    photos, again = torch.cat(photos).flatten(1), torch.cat(again).flatten(1)
-    rms = (photos - again).square().mean(1).sqrt()
-    results = {"n_photos": len(photos), "photo_r2": r2(photos, again)}
+    photos, reconstructions = torch.cat(photos).flatten(1), torch.cat(reconstructions).flatten(1)
+    rms = (photos - reconstructions).square().mean(1).sqrt()
+    results = {"n_photos": len(photos), "photo_r2": r2(photos, reconstructions)}
     results |= {"photo_rms": rms.mean().item(), "photo_rms_99": rms.quantile(0.99).item()}
     if perceptual:
         results["photo_distance"] = torch.cat(distances).mean().item()

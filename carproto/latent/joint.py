@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..config import CarprotoError, JointConfig
 from ..core import seeded
@@ -26,7 +25,7 @@ from ..gan.losses import hinge_generator
 from ..gan.sngan import Generator
 from ..gan.spectral_norm import fixed_weights
 from ..gan.train import Result, train_gan
-from ..gan.trainer import Trainer
+from ..gan.trainer import Trainer, update_ema
 from ..images import to_tensor
 from .encoder import StyleEncoder, reconstruct, save_encoder
 
@@ -116,7 +115,7 @@ class JointTrainer(Trainer):
 def step_further(
     self: JointTrainer,
 ) -> dict[str, torch.Tensor]:  # "loss_pixel", "loss_perceptual" where there are features, "loss_white", "loss_gains"
-    "Reconstruct photos, step the encoder, and add the generator's gradients."
+    "Reconstruct photos, step the encoder and its EMA, and add the gradients of the generator, which steps afterwards."
     config, x = self.config, self.photos.next_batch()
     self.E.train()
     self.G.eval()  # running statistics, which samples set
@@ -124,20 +123,20 @@ def step_further(
         raw, channel_gains = self.E.encode_raw(x)
         z = self.E.scale(raw)
         inputs = [value.detach().requires_grad_() for value in (z, channel_gains)]
-        again = self.G(*inputs)
-    errors = {"loss_pixel": F.mse_loss(again, x)}
+        reconstruction = self.G(*inputs)
+    errors = {"loss_pixel": F.mse_loss(reconstruction, x)}
     total = config.pixel_weight * errors["loss_pixel"]
     if self.perceptual is not None:
         with torch.no_grad():
             target = self.perceptual.describe(x)
-        errors["loss_perceptual"] = self.perceptual.distance_to(target, again).mean()
+        errors["loss_perceptual"] = self.perceptual.distance_to(target, reconstruction).mean()
         total = total + config.perceptual_weight * errors["loss_perceptual"]
     total.backward(retain_graph=config.adversarial_weight > 0)
     of_reconstruction = [value.grad.clone() for value in inputs]
     if config.adversarial_weight:
-        errors["loss_adversarial"] = self._score_reconstructions(again)
+        errors["loss_adversarial"] = self._score_reconstructions(reconstruction)
         (config.adversarial_weight * errors["loss_adversarial"]).backward()
-        self.last_reconstructions = again.detach()
+        self.last_reconstructions = reconstruction.detach()
     self.G.train()
     errors["loss_white"] = self.white(z)
     errors["loss_gains"] = (channel_gains - 1).square().mean()
@@ -145,8 +144,7 @@ def step_further(
     self.optimizer_e.zero_grad()
     torch.autograd.backward([total, z, channel_gains], [None, *of_reconstruction])
     self.optimizer_e.step()
-    decay = min(0.5 ** (config.batch / config.ema_images), self.step / (10 + self.step))
-    get_ema_multi_avg_fn(decay)(list(self.E_ema.parameters()), list(self.E.parameters()), None)
+    update_ema(self.E_ema, self.E, max(self.step, 1), config)
     return {name: value.detach() for name, value in errors.items()}
 
 
@@ -183,8 +181,8 @@ def measure(
     if heldout is None:
         return {}
     x = to_tensor(heldout[:256]).to(self.device)
-    again = torch.cat([reconstruct(self.E_ema.eval(), G, part) for part in x.split(64)])
-    return {"photo_r2": explained_variance(again, x)}
+    reconstructions = torch.cat([reconstruct(self.E_ema.eval(), G, part) for part in x.split(64)])
+    return {"photo_r2": explained_variance(reconstructions, x)}
 
 
 @patch
