@@ -56,6 +56,31 @@ def test_notebook_has_the_house_shape(path):
     assert re.match(r"# .+\n\n> .+", notebook.cells[0].source), "the first cell is `# title` and `> purpose`"
     assert "nbdev.nbdev_export()" in notebook.cells[-1].source and "#| hide" in notebook.cells[-1].source
     assert set(notebook.metadata) == {"kernelspec"}
+    purpose = re.search(r"^> (.+)", notebook.cells[0].source, re.MULTILINE)[1]
+    assert len(purpose.split()) <= 16, f"a purpose has at most 16 words: {purpose}"
+
+
+def test_classes_have_at_most_ten_patched_methods():
+    """A class with more is several things."""
+    counts = {}
+    for path in (ROOT / "carproto").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and "patch" in map(ast.unparse, node.decorator_list):
+                name = ast.unparse(node.args.args[0].annotation)
+                counts[name] = counts.get(name, 0) + 1
+    large = {name: n for name, n in counts.items() if n > 10}
+    assert counts and not large, large
+
+
+def test_only_generated_lists_of_names_have_long_lines():
+    """ruff checks the cells; in the modules nbdev writes longer lines for `__all__` alone."""
+    long = {}
+    for path in (ROOT / "carproto").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        body = re.sub(r"^__all__ = \[.*?\]$", "", text, flags=re.MULTILINE | re.DOTALL)
+        if path.name != "_modidx.py" and any(len(line) > 120 for line in body.splitlines()):
+            long[path.name] = [line for line in body.splitlines() if len(line) > 120]
+    assert not long, long
 
 
 @pytest.fixture(scope="module")

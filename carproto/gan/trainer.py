@@ -65,6 +65,10 @@ class Trainer:
             keep_freed_memory()  # returns the memory that timing used
         self._build_loader(images)
 
+    def generate_fakes(self) -> torch.Tensor:
+        "Generate the images (batch, 3, size, size) that a step of the discriminators scores as generated."
+        return self.G(self.sample_z())
+
     def step_further(self) -> dict[str, torch.Tensor]:
         "Add gradients of a subclass's losses to the generator's, before its optimizer steps; return scalars by name."
         return {}
@@ -158,14 +162,6 @@ def step_discriminator(
     self.D.requires_grad_(False)
     row = {"loss_d": loss.detach(), "logit_real": logit_real.detach().mean(), "logit_fake": logit_fake.detach().mean()}
     return row if self.heads is None else row | {"loss_f": self.heads.step(both)}
-
-
-@patch
-def generate_fakes(
-    self: Trainer,
-) -> torch.Tensor:  # (batch, 3, size, size)
-    "Generate the images that a step of the discriminators scores as generated."
-    return self.G(self.sample_z())
 
 # %% ../../nbs/4_gan/08_trainer.ipynb #12c7b141
 @patch
