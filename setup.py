@@ -9,7 +9,8 @@ parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(here / "settings.ini", encoding="utf-8")
 settings = parser["DEFAULT"]
 
-extras = {key.removesuffix("_requirements"): value.split() for key, value in settings.items() if key.endswith("_requirements")}
+kinds = [key.removesuffix("_requirements") for key in settings if key.endswith("_requirements")]
+extras = {kind: settings[f"{kind}_requirements"].split() for kind in kinds}
 extras["all"] = sorted({package for name, packages in extras.items() if name != "dev" for package in packages})
 
 setup(
@@ -24,6 +25,7 @@ setup(
     url=settings["git_url"],
     keywords=settings["keywords"],
     packages=find_packages(include=["carproto", "carproto.*"]),
+    package_data={"carproto.app": ["live/*"]},  # the files of the live page
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),
     extras_require=extras,

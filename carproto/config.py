@@ -142,6 +142,7 @@ class JointConfig(TrainConfig):
     photo_batch: int = 16  # photos that are reconstructed in a step
     pixel_weight: float = 80.0  # weight of the pixels' mean squared error
     perceptual_weight: float = 10.0  # weight of the perceptual distance
+    adversarial_weight: float = 0.0  # weight of the hinge losses of reconstructions; 0 scores samples alone
     white_weight: float = 0.15  # weight of the distance of the latents' mean and covariance from 0 and 1
     channel_gain_weight: float = 1.0  # weight of the channel gains' mean squared distance from 1
 
@@ -149,7 +150,7 @@ class JointConfig(TrainConfig):
         super().__post_init__()
         _check(self, "encoder_width photo_batch", 1)
         _check(self, "lr_e lr_linear", above=True)
-        _check(self, "pixel_weight perceptual_weight white_weight channel_gain_weight")
+        _check(self, "pixel_weight perceptual_weight adversarial_weight white_weight channel_gain_weight")
         if self.encoder_width % 8:
             raise CarprotoError(f"encoder_width is {self.encoder_width}: choose a multiple of 8")
 

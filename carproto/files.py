@@ -269,13 +269,7 @@ def refuse_link(
 # %% ../nbs/0_base/02_files.ipynb #d0383b9b
 def cache_folder() -> Path:  # CARPROTO_CACHE from the environment, else carproto/ in XDG_CACHE_HOME or ~/.cache
     "Return the folder for derived data; a temporary one where there is no home folder."
-    if os.environ.get("CARPROTO_CACHE"):
-        return _expanded(os.environ["CARPROTO_CACHE"])
-    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "carproto"
-
-
-def _expanded(path: str) -> Path:
-    "Expand `~`."
+    path = os.environ.get("CARPROTO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "carproto"
     try:
         return Path(path).expanduser()
     except RuntimeError:  # no home folder
@@ -285,7 +279,7 @@ def _expanded(path: str) -> Path:
 @functools.cache
 def _homeless_folder() -> tempfile.TemporaryDirectory:
     "Make a folder that is removed when this process ends."
-    warnings.warn("there is no home folder: set CARPROTO_CACHE, or caches are computed in each process", stacklevel=4)
+    warnings.warn("there is no home folder: set CARPROTO_CACHE, or caches are computed in each process", stacklevel=3)
     return tempfile.TemporaryDirectory(prefix="carproto-")
 
 # %% ../nbs/0_base/02_files.ipynb #6efc218a

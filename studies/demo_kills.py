@@ -1,4 +1,4 @@
-"""Kill a small demo at moments spread over its whole duration, resume it each time, and compare its end with that of an unbroken demo.
+"""Kill a small demo at moments over its whole duration, resume it, and compare its end with an unbroken demo's.
 
     python studies/demo_kills.py          # writes data/records/demo_kills.json
 """
@@ -25,8 +25,20 @@ from carproto.run import RunFolder, list_checkpoints
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["render_cars", "train_models", "invert_and_blend", "measure", "make_figures", "write_page"]
 TIMES = {"seconds", "waiting", "saving"}  # what two equal runs may differ in
-PLAN = DemoPlan(size=16, width=4, z_dim=8, z_subspace=4, n_common=64, n_futuristic=40, n_heldout=32, gan_steps=20, finetune_steps=10,
-                encoder_steps=10, invert_steps=2, n_pairs=2)  # fmt: skip
+PLAN = DemoPlan(
+    size=16,
+    width=4,
+    z_dim=8,
+    z_subspace=4,
+    n_common=64,
+    n_futuristic=40,
+    n_heldout=32,
+    gan_steps=20,
+    finetune_steps=10,
+    encoder_steps=10,
+    invert_steps=2,
+    n_pairs=2,
+)
 
 
 def start_demo(folder: Path) -> int:
@@ -85,7 +97,7 @@ def time_demo(folder: Path) -> tuple[list[tuple], float]:
 
 
 def kill_demo(folder: Path, progress: tuple[int, int], more: float) -> bool:
-    """Resume the demo and kill it `more` CPU seconds after it reached `progress`; return whether it was still at work."""
+    """Resume the demo and kill it `more` CPU seconds after it reached `progress`; return whether it still worked."""
     process, reached = start_demo(folder), None
     while (now := cpu_seconds(process)) is not None:
         if reached is None and read_progress(folder) >= progress:
@@ -147,10 +159,12 @@ def main() -> None:
         marks, seconds = time_demo(whole)
         while len(kills) < args.kills:
             moment = seconds * (len(kills) + dice.random()) / args.kills
-            progress, reached = max((mark for mark in marks if mark[1] <= moment), key=lambda mark: mark[1], default=((0, 0), 0.0))
+            passed = [mark for mark in marks if mark[1] <= moment]
+            progress, reached = max(passed, key=lambda mark: mark[1], default=((0, 0), 0.0))
             if kill_demo(killed, progress, moment - reached):
                 stages, rows = read_progress(killed)
-                kills.append({"share": round(moment / seconds, 3), "stage": STAGES[stages - 1] if stages else "start", "rows": rows})
+                stage = STAGES[stages - 1] if stages else "start"
+                kills.append({"share": round(moment / seconds, 3), "stage": stage, "rows": rows})
                 print(json.dumps(kills[-1]), flush=True)
         if os.waitstatus_to_exitcode(os.waitpid(start_demo(killed), 0)[1]):
             sys.exit("demo_kills: the last demo failed, see above")

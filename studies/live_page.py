@@ -1,9 +1,10 @@
-"""Measure the exported pair and its live page: pixels and times against PyTorch, sizes, latency in Chromium, and what the body edits do.
+"""Measure the exported pair and its live page: pixels and times against PyTorch, sizes, latency, body edits.
 
     python studies/live_page.py toy64                    # writes data/records/live_page.json
     python studies/live_page.py toy64 runs/photo64       # further pipelines, each under the name of its folder
 
-Needs the extra `export`, Chromium and playwright, and npm or --runtime. Times mean something on a quiet machine only; the record keeps its load.
+Needs the extra `export`, Chromium and playwright, and npm or --runtime. Times mean something on a quiet machine only;
+the record keeps its load.
 """
 import argparse
 import functools
@@ -23,12 +24,18 @@ from playwright.sync_api import sync_playwright
 from carproto.app.body import find_measure, fit_body
 from carproto.app.live_page import add_runtime, average_path, export_pair, find_runtime, write_page
 from carproto.app.pipeline import CarPipeline
-from carproto.blend.calibrate import perceptual_embedding
 from carproto.blend.onnx_graph import compare_with_pytorch
+from carproto.blend.speed import perceptual_embedding
 from carproto.core import sample_latents
 from carproto.latent.edit import evaluate_edits
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 MOVE = """position => {
     const slider = document.querySelector('#intensity');
     slider.value = position;
@@ -63,19 +70,20 @@ def time_page(folder: Path, n: int) -> dict:
         backend = page.evaluate("window.carproto.backend")
         browser.close()
         server.shutdown()
-    return {"backend": backend, "first_image_ms": round(first), "slider_ms": round(statistics.median(times), 1), "slowest_ms": round(max(times), 1)}
+    slider = {"slider_ms": round(statistics.median(times), 1), "slowest_ms": round(max(times), 1)}
+    return {"backend": backend, "first_image_ms": round(first), **slider}
 
 
 @torch.no_grad()
 def same_car(pipeline: CarPipeline, editor, measure, n: int) -> float:
-    """Return the share of edits by one standard deviation whose image is closer to the car than two random cars mostly are."""
+    """Return the share of edits by one standard deviation that stay closer to the car than random cars mostly are."""
     G = pipeline.common
     z = sample_latents(n, G.z_dim, seed=42)
     points = perceptual_embedding(G(z), pipeline.perceptual)
     apart = (points - points.roll(1, 0)).square().sum(1).quantile(0.5)
     close = []
-    for k, name in enumerate(editor.names):
-        moved = editor.edit_measured(z, {name: editor.spread[k].item()}, G, measure)
+    for name in editor.editable:
+        moved = editor.edit_measured(z, {name: editor.spread[editor.names.index(name)].item()}, G, measure)
         close.append((perceptual_embedding(G(moved), pipeline.perceptual) - points).square().sum(1) < apart)
     return torch.cat(close).float().mean().item()
 
@@ -90,7 +98,8 @@ def measure_pipeline(name: str, arguments: argparse.Namespace) -> dict:
     write_page(folder)
     page_mb = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     add_runtime(folder, find_runtime(arguments.runtime))
-    results = {"size": pipeline.common.size, "page_mb": round(page_mb, 2), "onnx": compare_with_pytorch(graph, *pipeline.generators, n=arguments.n)}
+    results = {"size": pipeline.common.size, "page_mb": round(page_mb, 2)}
+    results["onnx"] = compare_with_pytorch(graph, *pipeline.generators, n=arguments.n)
     results["chromium"] = time_page(folder, 30)
     if editor is not None:
         for correct in (False, True):

@@ -45,7 +45,7 @@ N_TRIES = 8
 
 
 def describe_photos(data: Path, masks: Path, aspect: float, wanted: set[str] | None, n: int) -> dict[str, np.ndarray]:
-    """Return the layers of n photos by `pack/file name`, of those wanted and else of those whose mask keeps the limits."""
+    """Return the layers of n photos by `pack/file name`: those wanted, or those whose mask keeps the limits."""
     config, layers = AlignConfig(aspect=aspect), {}
     for pack in PACKS if wanted else PACKS[:2]:
         store = PictureStore(data / f"{pack}.zip")
@@ -146,7 +146,7 @@ def fit_frame(layers: np.ndarray) -> np.ndarray:
 
 
 def render_toys(n: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Return the layers of toy cars before their own background, noise or one colour, with masks as soft as a network's."""
+    """Return the layers of toy cars before their own background, noise or one colour, with soft masks."""
     layers = []
     for i in range(n):
         view = ("left", "front-left", "front-right")[i % 3]
@@ -164,7 +164,7 @@ def render_toys(n: int, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def paste_car(layers: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
-    """Paste a smaller second car behind a car; return layers whose mask leaves it out, and layers whose mask takes it in."""
+    """Paste a smaller second car behind a car; return layers whose mask leaves it out, and others that take it in."""
     is_car = layers[..., 4] > 127
     left, top, right, bottom = bounding_box(is_car)
     scale = rng.uniform(0.35, 0.8)

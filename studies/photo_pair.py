@@ -1,10 +1,14 @@
-"""Train the photo pair on aligned cars in three stages, each in sittings that may end at any moment.
+"""Train the photo pair on aligned cars in three stages, each in sittings that may end at any moment; prepare a release.
 
     python studies/photo_pair.py parent --data COMMON.zip --heldout HELDOUT.zip --run runs/parent64 OPTIONS
     python studies/photo_pair.py joint --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64 \\
         --source runs/parent64 OPTIONS
     python studies/photo_pair.py child --data CONCEPTS.zip --heldout CONCEPTS_HELDOUT.zip --run runs/photo64_child \\
         --source runs/photo64 OPTIONS
+    python studies/photo_pair.py release --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64 OPTIONS \\
+        --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip
+    python tools/release.py photo64 --common runs/photo64 --futuristic runs/photo64_child --encoder runs/photo64 \\
+        --probe runs/photo64/probe
 
 OPTIONS: --masks FOLDER --aspect 1.4 --extractor MOBILENET.safetensors --feature_path SQUEEZENET.safetensors. The parent
 is an SN-GAN with heads on SqueezeNet's frozen features; then generator and encoder are tuned jointly; the child is
@@ -26,9 +30,13 @@ from carproto.data.align import AlignConfig, describe_frame  # noqa: E402
 from carproto.data.dataset import CarImages  # noqa: E402
 from carproto.data.masks import Aligner  # noqa: E402
 from carproto.eval.features import mobilenet_extractor  # noqa: E402
+from carproto.eval.futurism import ENCODER, encoder_features, fit_futurism_probe  # noqa: E402
 from carproto.eval.metrics import Evaluator  # noqa: E402
+from carproto.files import load_json  # noqa: E402
 from carproto.gan.finetune import finetune_freezed  # noqa: E402
+from carproto.gan.sngan import load_generator  # noqa: E402
 from carproto.gan.train import train_gan  # noqa: E402
+from carproto.latent.encoder import evaluate_encoder, load_encoder, save_encoder  # noqa: E402
 from carproto.latent.joint import tune_jointly  # noqa: E402
 from carproto.run import load_checkpoint  # noqa: E402
 
@@ -48,13 +56,13 @@ CONFIG = TrainConfig(
     report_every=1000,
 )
 JOINT = JointConfig(**{**asdict(CONFIG), "report_every": 500})
-CHILD = FinetuneConfig(n_frozen=2, steps=1500, augment="color,translation,cutout", lecam_weight=0.0, report_every=250)
+CHILD = FinetuneConfig(n_frozen=2, steps=1000, augment="color,translation,cutout", lecam_weight=0.0, report_every=250)
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("parent", "joint", "child"), help="what to train")
+    parser.add_argument("stage", choices=("parent", "joint", "child", "release"), help="what to do")
     parser.add_argument("--data", type=Path, required=True, help="photos: folder or zip")
     parser.add_argument("--heldout", type=Path, required=True, help="held-out ones")
     parser.add_argument(
@@ -67,6 +75,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--run", type=Path, default=Path("runs/photo64"), help="the run's folder; one that is there goes on"
     )
     parser.add_argument("--source", type=Path, help="run or milestone that a new run starts from; a parent needs none")
+    parser.add_argument("--concepts", type=Path, help="futuristic cars, for the futurism probe of a release")
+    parser.add_argument("--concepts_heldout", type=Path, help="held-out ones")
     parser.add_argument("--max_minutes", type=float, help="stop cleanly after so long; default: never")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     return parser.parse_args(argv)
@@ -88,11 +98,35 @@ def load_source(source: Path | None, stage: str) -> dict | None:
     return state if state is not None else read_milestone(source)
 
 
+def prepare_release(arguments: argparse.Namespace, cars: CarImages, unseen: CarImages) -> None:
+    """Evaluate a joint run's encoder, and fit a futurism probe to its features."""
+    if arguments.concepts is None or arguments.concepts_heldout is None:
+        raise CarprotoError("a futurism probe needs futuristic cars: name --concepts and --concepts_heldout")
+    source = arguments.run / "final"
+    G = load_generator(source, "cpu")
+    E = load_encoder(source / "encoder", fingerprint=G.fingerprint(), device="cpu")
+    scores = evaluate_encoder(E, [G], heldout=[unseen.images])
+    save_encoder(E, arguments.run / "encoder", about={**scores, "steps": load_json(source / "config.json")["steps"]})
+    packs = (arguments.concepts, arguments.concepts_heldout)
+    concepts, unseen_concepts = (open_aligned(path, arguments) for path in packs)
+    features = [encoder_features(E, some.images) for some in (cars, concepts, unseen, unseen_concepts)]
+    probe = fit_futurism_probe(*features[:2], extractor=ENCODER)
+    low, high = (probe.logit(some) for some in features[2:])
+    ends = {name: [x.mean().item(), x.std().item()] for name, x in (("common", low), ("concept", high))}
+    auc = (high[:, None] > low).float().mean().item()
+    probe.report |= {"heldout_logit": ends, "heldout_auc": auc, "n_heldout": [len(low), len(high)]}
+    probe.save(arguments.run / "probe")
+    print(f"photo R2 {scores['photo_r2']:.3f}; futurism of held-out cars: AUC {auc:.3f}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train a stage, or go on with its run."""
     arguments = read_arguments(argv)
     torch.set_num_threads(arguments.threads)
     cars, unseen = (open_aligned(path, arguments) for path in (arguments.data, arguments.heldout))
+    if arguments.stage == "release":
+        prepare_release(arguments, cars, unseen)
+        return
     evaluator = Evaluator(unseen.images, mobilenet_extractor(arguments.extractor, 96), n_fake=1000)
     about = {"data": arguments.data.name, "heldout": arguments.heldout.name, "frame": describe_frame(cars.align.config)}
     options = {

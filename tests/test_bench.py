@@ -62,7 +62,7 @@ def test_record_holds_what_was_measured(tmp_path):
     assert ours["speed_against"]["plain"] == pytest.approx(
         {"median": sum(ratios) / 2, "low": min(ratios), "high": max(ratios)}
     )
-    assert 0 < ours["share_of_matrix_rate"]["median"]
+    assert ours["share_of_matrix_rate"]["median"] > 0
     if (bench_peers.MIMICRY_FOLDER / "torch_mimicry").is_dir():
         assert rows["torch-mimicry"]["parameters_g"] > 0 and "torch-mimicry" in ours["speed_against"]
     else:

@@ -86,3 +86,11 @@ def test_modules_need_only_what_a_user_installs():
             roots += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             extra = {root.split(".")[0] for root in roots} - at_hand - sys.stdlib_module_names - {"carproto"}
             assert not extra, f"{module.name} imports {extra} at its top"
+
+
+def test_page_is_packaged():
+    """`carproto export --page` copies its files from the installed package."""
+    from carproto.app.live_page import PAGE_FILES
+
+    assert {path.name for path in (ROOT / "carproto/app/live").iterdir()} == set(PAGE_FILES)
+    assert '"carproto.app": ["live/*"]' in (ROOT / "setup.py").read_text(encoding="utf-8")

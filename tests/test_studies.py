@@ -61,7 +61,8 @@ def test_a_killed_demo_ends_as_one_that_was_not(tmp_path):
     names = "\n".join(record["compared"])
     runs = ("common", "subspace", "futuristic", r"encoder-\w+")
     assert all(re.search(f"^{run}/checkpoints$", names, re.M) for run in runs)
-    assert {"common/best/model.safetensors", "futuristic/final/model.safetensors", "numbers.json", "report.html"} <= set(record["compared"])
+    compared = {"common/best/model.safetensors", "futuristic/final/model.safetensors", "numbers.json", "report.html"}
+    assert compared <= set(record["compared"])
 
 
 @pytest.fixture(scope="module")

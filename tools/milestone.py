@@ -15,7 +15,7 @@ from carproto.files import load_json, save_json
 from carproto.run import load_checkpoint
 from carproto.weights import save_weights
 
-PARTS = ("G", "D", "F", "G_ema", "E", "E_ema")  # of a checkpoint: F the heads on pretrained features, E the encoder
+PARTS = ("G", "D", "F", "G_ema", "E_ema")  # of a checkpoint: F the heads on pretrained features, E_ema the encoder
 
 
 def write_milestone(run: Path, folder: Path) -> Path:
@@ -40,6 +40,8 @@ def read_milestone(folder: Path) -> dict:
     for name, value in load_file(folder / "model.safetensors").items():
         part, _, key = name.partition(".")
         parent.setdefault(part, {})[key] = value.float() if value.is_floating_point() else value
+    if "E_ema" in parent:
+        parent["E"] = dict(parent["E_ema"])
     if about.get("features"):
         parent["features"] = about["features"]
     return {**parent, "config": about["config"]}

@@ -17,7 +17,7 @@ from pathlib import Path
 from carproto.config import CarprotoError
 from carproto.files import folder_aside, load_json, save_json
 from carproto.gan.sngan import load_generator, save_discriminator, save_generator
-from carproto.gan.train import best_generator, load_discriminator
+from carproto.gan.train import load_discriminator
 from carproto.latent.encoder import load_encoder, save_encoder
 from carproto.latent.train_encoder import evaluate_encoder
 from carproto.releases import hash_file
@@ -28,13 +28,20 @@ PATH_FIELDS = ("parent", "data", "heldout", "train", "extractor")  # fields that
 LIMIT_MB = 20
 
 
+def find_generator(run: Path) -> Path:
+    """Find the generator to release: the last of a joint run, beside its encoder; of others that of lowest KID."""
+    is_joint = (run / "final" / "encoder").exists()
+    return run / ("best" if (run / "best").exists() and not is_joint else "final")
+
+
 def release_generator(run: Path, folder: Path) -> None:
     """Store the generator that a run is remembered for, and the discriminator, whose features refinement needs."""
-    position = "best" if (run / "best").exists() else "final"
-    text = load_json(run / position / "config.json")
-    save_generator(
-        best_generator(run, "cpu"), folder, half=True, about={k: text[k] for k in ("steps", "kid") if k in text}
-    )
+    source = find_generator(run)
+    text, data = load_json(source / "config.json"), load_json(run / "data.json")
+    about = {name: text[name] for name in ("steps", "kid") if name in text}
+    if data.get("frame") is not None:
+        about["frame"] = data["frame"]
+    save_generator(load_generator(source, "cpu"), folder, half=True, about=about)
     save_discriminator(load_discriminator(run, "cpu"), folder / "discriminator", half=True)
 
 
@@ -106,13 +113,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", help="of the release, such as toy64")
     for part in ("common", "futuristic", "encoder"):
         parser.add_argument(f"--{part}", type=Path, required=True, help="a run's folder")
+    parser.add_argument("--probe", type=Path, help="folder of a futurism probe; default: that of the release before")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where releases lie")
     arguments = parser.parse_args(argv)
     folder, bound = (
         arguments.data / arguments.name,
         load_json(arguments.encoder / "encoder" / "config.json")["generator"],
     )
-    if best_generator(arguments.common, "cpu").fingerprint() != bound:
+    if load_generator(find_generator(arguments.common), "cpu").fingerprint() != bound:
         raise CarprotoError(
             f"{arguments.encoder} was trained for generator {bound}, which is not the one of {arguments.common}"
         )
@@ -126,8 +134,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         for part in ("common", "futuristic", "encoder"):
             copy_record(getattr(arguments, part), aside / "record" / part)
-        if (folder / "probe").exists():
-            shutil.copytree(folder / "probe", aside / "probe")
+        probe = arguments.probe or folder / "probe"
+        if probe.exists():
+            shutil.copytree(probe, aside / "probe")
     replace_folder(folder.with_name(f"{folder.name}.new"), folder)
     if arguments.data.resolve() == IN_REPOSITORY:
         write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "0_base" / "06_releases.ipynb")

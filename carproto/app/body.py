@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_measure', 'fit_body', 'find_body', 'describe_attribute', 'parse_edits', 'edit_recipe']
 
-# %% ../../nbs/8_app/04_body.ipynb #f692bac1
+# %% ../../nbs/8_app/04_body.ipynb #d026177c
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -20,8 +20,8 @@ from ..latent.edit import LatentEditor, Measure, fit_editor, load_editor, toy_at
 from ..toycars.regressor import factor_regressor
 from ..weights import find_weights
 
-# %% ../../nbs/8_app/04_body.ipynb #78a40839
-_TOYS = ("height", "wheel", "lightness")  # what the factor regressor measures well
+# %% ../../nbs/8_app/04_body.ipynb #de685863
+_TOYS = ("height", "lightness", "red_green", "yellow_blue")  # what the factor regressor measures well
 
 
 def find_measure(
@@ -60,10 +60,9 @@ def describe_attribute(
     name: str,  # of an attribute
 ) -> Attribute:  # its label, unit, scale and decimals
     "Say how an attribute is shown."
-    known = ATTRIBUTES | {"wheel": Attribute("Wheel radius", " %", 100.0, 1)}
-    return known.get(name, Attribute(name.capitalize(), "", 1.0, 2))
+    return ATTRIBUTES.get(name, Attribute(name.replace("_", " ").capitalize(), "", decimals=2))
 
-# %% ../../nbs/8_app/04_body.ipynb #beab2af2
+# %% ../../nbs/8_app/04_body.ipynb #03ef5718
 def parse_edits(
     text: str,  # such as "height=-0.05,lightness=20"
 ) -> dict[str, float]:  # change by attribute, in its unit
@@ -74,7 +73,8 @@ def parse_edits(
         try:
             edits[name.strip()] = float(amount)
         except ValueError:
-            raise CarprotoError(f"edit {part!r} is not understood: write height=-0.05, with commas between edits") from None
+            message = f"edit {part!r} is not understood: write height=-0.05, with commas between edits"
+            raise CarprotoError(message) from None
     return edits
 
 
@@ -85,7 +85,8 @@ def edit_recipe(
 ) -> BlendRecipe:  # with both latents edited
     "Edit both cars of a blend."
     if recipe.common not in ("", editor.generator):
-        raise CarprotoError(f"this recipe was made with another generator ({recipe.common}): give the editor of that one")
+        message = f"this recipe was made with another generator ({recipe.common})"
+        raise CarprotoError(f"{message}: give the editor of that one")
     before = recipe.edits or {"z_a": recipe.z_a, "z_b": recipe.z_b}
     ends = {name: before[name] for name in ("z_a", "z_b")}
     edited = editor.edit(torch.tensor([ends["z_a"], ends["z_b"]]), amounts).tolist()

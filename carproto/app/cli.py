@@ -74,7 +74,8 @@ def _shorten(box: str) -> str:
     rows = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     sections = [part.strip() for part in re.split("[─-]{5,}", " ".join(rows))]
     mistake, *hints = sections if "╭" in text else sections[1:]  # without UTF-8 the title is a section
-    mistake = re.sub(r"no type matching .*Got errors:.* - (?:<[^>]*>|typing\..*?_action=None\)\]|[\w.]+\[.*?\]): ", "", mistake)
+    kind = r"(?:<[^>]*>|typing\..*?_action=None\)\]|[\w.]+\[.*?\])"
+    mistake = re.sub(rf"no type matching .*Got errors:.* - {kind}: ", "", mistake)
     parts = [re.sub(r"^Error parsing (?!--)\S+: ", "", mistake)]
     parts += [hint for hint in hints if hint.startswith("Available subcommands")]
     options = re.findall(r"^Perhaps you meant: (--\S+)", " ".join(hints))

@@ -28,10 +28,9 @@ from ..eval.features import FeatureExtractor, feature_extractor
 from ..eval.metrics import Evaluator
 from ..files import load_json, save_json
 from ..gan.finetune import finetune_freezed
-from ..gan.session import check_extractor
+from ..gan.session import check_extractor, read_restrictions
 from ..gan.subspace import subspace_run
 from ..gan.train import Result, best_generator, train_gan
-from ..gan.trainer import read_restrictions
 from ..run import RunFolder
 from ..scrape.catalogue import CarConnection
 from ..scrape.crawl import crawl

@@ -6,7 +6,7 @@
 __all__ = ['N_SEEDS', 'RUNTIME', 'RUNTIME_FILES', 'PAGE_FILES', 'MIN_SHARE', 'average_path', 'describe_pair', 'export_pair',
            'find_runtime', 'add_runtime', 'write_page', 'read_card', 'export']
 
-# %% ../../nbs/8_app/34_live_page.ipynb #435fc764
+# %% ../../nbs/8_app/34_live_page.ipynb #71860039
 import base64
 import json
 import shutil
@@ -29,11 +29,11 @@ from ..blend.speed import plan_speed
 from ..config import CarprotoError
 from ..core import sample_latents
 from ..files import atomic_path, cache_folder, save_json
-from ..latent.edit import DAMPING, N_STEPS, LatentEditor, save_editor
+from ..latent.edit import DAMPING, MIN_RESPONSE, N_STEPS, LatentEditor, save_editor
 from ..releases import hash_file
 from ..weights import find_weights
 
-# %% ../../nbs/8_app/34_live_page.ipynb #6ce41469
+# %% ../../nbs/8_app/34_live_page.ipynb #c483a501
 def average_path(
     pipeline: CarPipeline,  # with both generators
     *,
@@ -54,7 +54,7 @@ def average_path(
     raw = ((torch.stack(paths).mean(0) + labels) / 2 if paths else labels).tolist()
     return {"labels": labels.tolist(), "latent": raw, "coarse": raw, "fine": raw}
 
-# %% ../../nbs/8_app/34_live_page.ipynb #1795c4a5
+# %% ../../nbs/8_app/34_live_page.ipynb #7d4e52e7
 N_SEEDS = 512  # cars that a page can show without computing random numbers as PyTorch does
 
 
@@ -88,14 +88,16 @@ def describe_pair(
         "latents": base64.b64encode(latents.astype("<f4").tobytes()).decode(),
     }
 
-# %% ../../nbs/8_app/34_live_page.ipynb #13323f5c
+# %% ../../nbs/8_app/34_live_page.ipynb #1f44a185
 def _describe_editor(editor: LatentEditor) -> dict:
     "Describe an editor, as JSON holds it."
     layers = [layer for layer in editor.net if isinstance(layer, torch.nn.Linear)]
     numbers = torch.cat([part.detach().flatten() for layer in layers for part in (layer.weight, layer.bias)]).numpy()
-    columns = {name: getattr(editor, name).tolist() for name in ("mean", "spread", "low", "high", "response")}
+    columns = {name: getattr(editor, name).tolist() for name in ("mean", "spread", "low", "high")}
+    columns["response"] = editor.response.clamp_min(MIN_RESPONSE).tolist()
     return {
         "names": list(editor.names),
+        "editable": list(editor.editable),
         "shown": [asdict(describe_attribute(name)) for name in editor.names],
         "sizes": [layers[0].in_features, *(layer.out_features for layer in layers)],
         "weights": base64.b64encode(numbers.astype("<f4").tobytes()).decode(),
@@ -104,7 +106,7 @@ def _describe_editor(editor: LatentEditor) -> dict:
         **columns,
     }
 
-# %% ../../nbs/8_app/34_live_page.ipynb #cd8679db
+# %% ../../nbs/8_app/34_live_page.ipynb #fbaaa723
 def export_pair(
     pipeline: CarPipeline,  # with both generators
     folder: str | Path,  # made if missing; gets pair.onnx and pair.json
@@ -118,7 +120,7 @@ def export_pair(
     save_json({**description, "sha256": hash_file(path), "has_webgpu": True}, path.with_suffix(".json"))
     return path
 
-# %% ../../nbs/8_app/34_live_page.ipynb #0b7cb38d
+# %% ../../nbs/8_app/34_live_page.ipynb #14ffdad4
 RUNTIME = "onnxruntime-web@1.30.0"  # package and version, MIT licence
 RUNTIME_FILES = {  # file in dist/: its SHA-256; the first three run on a CPU, the others on a GPU
     "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
@@ -151,7 +153,7 @@ def find_runtime(
         (temporary.parent / result.stdout.strip().split()[-1]).replace(temporary)
     return archive
 
-# %% ../../nbs/8_app/34_live_page.ipynb #43e283ea
+# %% ../../nbs/8_app/34_live_page.ipynb #7654bc9d
 _MAX_BYTES = 100_000_000  # of one file of the runtime
 
 
@@ -186,7 +188,7 @@ def _read_runtime(source: Path, name: str) -> bytes:
     except (OSError, KeyError, tarfile.TarError) as error:
         raise CarprotoError(f"{source} holds no {name}: get it with `npm pack {RUNTIME}`") from error
 
-# %% ../../nbs/8_app/34_live_page.ipynb #2021b9df
+# %% ../../nbs/8_app/34_live_page.ipynb #e73a9032
 _IS_MODULE = "__file__" in globals()  # not so in a notebook
 _FILES = Path(__file__).parent / "live" if _IS_MODULE else Path("../../carproto/app/live")  # of the page
 PAGE_FILES = ("index.html", "page.css", "page.js", "model.js", "worker.js")
@@ -201,7 +203,7 @@ def write_page(
             temporary.write_bytes((_FILES / name).read_bytes())
     return Path(folder) / "index.html"
 
-# %% ../../nbs/8_app/34_live_page.ipynb #cdf02300
+# %% ../../nbs/8_app/34_live_page.ipynb #ff730407
 MIN_SHARE = 0.999  # of pixels within 1 of 255 of PyTorch's
 
 
@@ -214,7 +216,8 @@ def read_card(
     if not path.is_file():
         return ""
     paragraphs = path.read_text(encoding="utf-8").split("\n\n")
-    text = " ".join(next((part for part in paragraphs if not part.startswith("#")), "").replace("`", "").replace("**", "").split())
+    first = next((part for part in paragraphs if not part.startswith("#")), "")
+    text = " ".join(first.replace("`", "").replace("**", "").split())
     return text if len(text) <= max_length else text[:max_length].rsplit(". ", 1)[0] + "."
 
 
@@ -247,7 +250,7 @@ def _editor(pipeline: CarPipeline, options: Export, folder: Path) -> LatentEdito
     editor = find_body(pipeline, options.pipeline)
     if editor is None and find_measure(pipeline) is not None:
         editor = fit_body(pipeline, n=options.n_edit)
-        print(f"body edits of {', '.join(editor.names)} are in {save_editor(editor, folder / 'editor')}")
+        print(f"body edits of {', '.join(editor.editable)} are in {save_editor(editor, folder / 'editor')}")
     return editor
 
 

@@ -11,12 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbformat
-
 from .options import Label, Studio
 from .parts import check_release
 from ..config import CarprotoError
 from ..data.store import PictureStore
+from ..files import load_json, save_json
 
 # %% ../../nbs/8_app/33_notebook_commands.ipynb #fcbdb39a
 def write_notebook(
@@ -27,18 +26,17 @@ def write_notebook(
     "Write a notebook of one cell; raise `CarprotoError` where another one stands."
     path = Path(path)
     if path.exists():
-        cells = nbformat.read(path, as_version=4).cells
-        if source not in [cell.source for cell in cells]:
+        known = load_json(path)
+        cells = known.get("cells", []) if isinstance(known, dict) else []
+        if source not in ["".join(cell["source"]) for cell in cells]:
             raise CarprotoError(f"{path} shows something else: remove it, or name another --folder")
         return path
     text = f"# {title}\n\nRun the cell below with Shift+Enter."
-    notebook = nbformat.v4.new_notebook(
-        cells=[nbformat.v4.new_markdown_cell(text), nbformat.v4.new_code_cell(source)],
-        metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(notebook, path)
-    return path
+    heading = {"cell_type": "markdown", "id": "heading", "metadata": {}, "source": text}
+    code = {"cell_type": "code", "id": "code", "metadata": {}, "source": source, "execution_count": None, "outputs": []}
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    about = {"metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return save_json({"cells": [heading, code], **about}, path)
 
 
 def _absolute(path: str | None) -> str | None:

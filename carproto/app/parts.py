@@ -158,7 +158,7 @@ def _add_scale(parts: PipelineParts, spec: str | Path, backbone: str | Path | No
         return
     folder = find_weights(spec)
     parts.futurism_source = FuturismProbe.load(folder)
-    scale = futurism_scale(folder, backbone, device=device)
+    scale = futurism_scale(folder, backbone, encoder=parts.encoder, device=device)
     ends = parts.futurism_source.report.get("heldout_logit", {"common": [0.0], "concept": [1.0]})
     low, high = ends["common"][0], ends["concept"][0]
     parts.futurism = lambda images: (scale(images) - low) / (high - low)
@@ -166,7 +166,8 @@ def _add_scale(parts: PipelineParts, spec: str | Path, backbone: str | Path | No
 # %% ../../nbs/8_app/02_parts.ipynb #a83267cd
 RELEASED_PIPELINES = {  # name: title, and a seed whose cars both generators generate well
     "toy64": ("toy cars", 1),
-    "real64": ("real cars", 5),
+    "photo64": ("aligned photos", 1),
+    "real64": ("photos with their background", 5),
 }
 _KINDS = {
     "seed": whole(0, 2**31 - 1),
@@ -200,7 +201,7 @@ def load_release(
         config = load_config(name, "pipeline", {}, optional=_KINDS)
     else:
         is_toy = Path(name).name.startswith("toy")
-        config = {"seed": RELEASED_PIPELINES.get(name, ("", 0))[1], "has_outlines": is_toy}
+        config = {"seed": RELEASED_PIPELINES.get(name, ("", 0))[1], "has_outlines": is_toy or None}
         config |= {"metric": "toys", "futurism": "toys"} if is_toy else {"metric": "discriminator", "futurism": "probe"}
     config = {key: config.get(key) for key in _KINDS}
     scale = config.pop("futurism")

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .cars import Car, GeneratedCars, latent_of_seed, name_car
 from .parts import PipelineParts, load_parts, load_release, save_parts
-from .photos import Photo, PhotoInversion, invert_photos, make_aligner, name_photos, open_photos
+from .photos import Photo, PhotoInversion, invert_photos, make_aligner, name_photos, open_photos, turn_left
 from ..blend.calibrate import NOT_RISING, calibrate_in_pieces
 from ..blend.interpolate import check_intensities
 from ..blend.path_planning import run_to_end
@@ -118,7 +118,7 @@ def encode(
     *,
     config: InvertConfig | None = None,  # None takes the pipeline's `inversion`
     names: Sequence[str] | None = None,  # of the photos, for messages; None takes the names of the files
-    views: Sequence[str | None] | None = None,  # where the noses of photos point; None mirrors none
+    views: Sequence[str | None] | None = None,  # where the noses of photos point; None finds out
     on_step: Callable[[float], None] | None = None,  # called with the share that is done, 0 to 1
     warn: bool = True,  # whether outliers raise a warning
     quiet: bool = True,  # no bar
@@ -132,6 +132,8 @@ def encode(
     names = list(names or name_photos(images))
     if not isinstance(images, torch.Tensor):
         images = self.load_photos(images, names=names, views=views)
+        if self.frame is not None and self.frame["mirror"] and views is None:
+            images = turn_left(images, self.common, self.encoder)
     result = invert_photos(
         images,
         self.generator(kind),

@@ -269,6 +269,6 @@ def compare_with_pytorch(
         times.append((middle - start, time.perf_counter() - middle))
         differences.append((to_bytes(ours).int() - to_bytes(theirs).int()).abs().flatten())
     difference = torch.cat(differences)
-    onnx_ms, torch_ms = (1000 * np.median(column) for column in zip(*times))
+    onnx_ms, torch_ms = (1000 * float(np.median(column)) for column in zip(*times))
     within = (difference <= 1).double().mean().item()
     return {"share_within_1": within, "worst": difference.max().item(), "onnx_ms": onnx_ms, "torch_ms": torch_ms}

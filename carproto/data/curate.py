@@ -35,8 +35,7 @@ from ..viz import image_grid
 def curate(
     folder: str | Path,  # searched with its subfolders; verdicts go to its metadata.jsonl
     *,
-    classify_view: Callable
-    | None = None,  # images (N, 3, 128, 128) to probabilities (N, 8), see `train_view_classifier`; None predicts none
+    classify_view: Callable | None = None,  # images (N, 3, 128, 128) to probabilities (N, 8); None predicts none
     views: Sequence[str] = KEPT_VIEWS,  # views that stay
     min_confidence: float = 0.5,  # least probability of `views`, 0 to 1, see `choose_confidence`
     quality: dict | None = None,  # options of `assess_quality`

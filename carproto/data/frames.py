@@ -7,6 +7,7 @@ __all__ = ['ALIGN_FILE', 'find_aligner', 'check_frame', 'align_for', 'align_cars
 
 # %% ../../nbs/3_data/17_frames.ipynb #7488f2df
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,10 +27,7 @@ ALIGN_FILE = "align.json"  # beside metadata.jsonl: the configuration of a data 
 
 def find_aligner(
     path: str | Path,  # folder of photos
-    segment: Callable
-    | str
-    | Path
-    | None = None,  # from picture to mask, or the network's file; None loads it when a mask is missing
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
 ) -> Aligner | None:  # what `CarImages` takes as `align`; None when the photos were not aligned
     "Find the configuration with which a folder was aligned."
     file = Path(path).expanduser() / ALIGN_FILE
@@ -45,14 +43,15 @@ def check_frame(
         return
     if given is None:
         raise CarprotoError(
-            "these weights expect aligned cars: align the pictures first (carproto curate FOLDER --align, or `align_for`)"
+            "these weights expect aligned cars: align the pictures first "
+            "(carproto curate FOLDER --align, or `align_for`)"
         )
     if expected is None:
         raise CarprotoError("these weights expect photos as they are: give the pictures without alignment")
     differing = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
     fields = ", ".join(differing)
     raise CarprotoError(
-        f"these weights expect another alignment frame ({fields} differ): align the pictures again, with theirs"
+        f"these weights expect another alignment frame ({fields} differ): align the pictures again, with it"
     )
 
 # %% ../../nbs/3_data/17_frames.ipynb #0306b66c
@@ -61,14 +60,15 @@ def align_for(
     pictures: Sequence[bytes],  # contents of picture files
     size: int,  # side of the results in pixels
     *,
-    segment: Callable
-    | str
-    | Path
-    | None = None,  # from picture to mask, or the network's file; None finds or downloads it
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
     views: Sequence[str | None] | None = None,  # one a picture; None where unknown, and not mirrored
+    max_defect_score: float | None = None,  # reject cut-outs above it, 0 to 1; None takes the limit for training
 ) -> list[Image.Image | str]:  # for each the aligned car (size, size), RGB, or the reason why there is none
     "Align uploaded pictures to the alignment frame of released weights."
-    aligner = Aligner(config_from_frame(frame), segment=segment)
+    config = config_from_frame(frame)
+    if max_defect_score is not None:
+        config = replace(config, max_defect_score=max_defect_score)
+    aligner = Aligner(config, segment=segment)
     return [_align_one(aligner, data, size, views[i] if views else None) for i, data in enumerate(pictures)]
 
 
@@ -100,14 +100,9 @@ def align_cars(
     size: int = 64,  # side of the results in pixels
     config: AlignConfig = DEFAULT_ALIGN,  # alignment frame, and limits for masks
     *,
-    segment: Callable
-    | str
-    | Path
-    | None = None,  # from picture to mask, or the network's file; None finds or downloads it
+    segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
     views: Sequence[str | None] | None = None,  # one a picture; None where unknown, and not mirrored
-) -> tuple[
-    torch.Tensor, list[str | None]
-]:  # aligned cars (n, 3, size, size), -1 to 1; for each picture None, or the reason why it is missing
+) -> tuple[torch.Tensor, list[str | None]]:  # cars (n, 3, size, size), -1 to 1; by picture why it is missing, or None
     "Align the cars of photos."
     aligner = Aligner(config, segment=segment)
     cars, reasons = [], []

@@ -119,9 +119,7 @@ def cut_checked(
     config: AlignConfig = DEFAULT_ALIGN,
     *,
     mirrored: bool | None = None,  # whether the nose points right; None when it is not known
-) -> tuple[
-    CutCar | None, str | None
-]:  # the car and None, or None and the reason to reject it, with the number behind it
+) -> tuple[CutCar | None, str | None]:  # the car and None, or None and the reason to reject it, with its number
     "Compare a mask with the limits, cut the car out, and score it."
     stretch = 1.0 if config.aspect is None else config.aspect * picture.height / picture.width
     reason = check_limits(mask, config, stretch=stretch)

@@ -94,10 +94,7 @@ class Aligner:
         self,
         config: AlignConfig = DEFAULT_ALIGN,
         *,
-        segment: Callable
-        | str
-        | Path
-        | None = None,  # from picture to mask, or the network's file; None loads it when a mask is missing
+        segment: Callable | str | Path | None = None,  # from picture to mask, or the network's file; None loads it
         masks: str | Path | None = None,  # folder of masks that were computed before; None means the data set's
     ):
         self.config = config

@@ -38,7 +38,7 @@ def find_network(
     *,
     timeout: float = 30.0,  # seconds without an answer
 ) -> Path:  # its file
-    "Find a network's file in rembg's folders or the cache, or download it once; raise `CarprotoError` when it cannot be had."
+    "Find a network's file in rembg's folders or the cache, or download it once; raise `CarprotoError` without it."
     file = f"{name}.onnx"
     home = os.environ.get("U2NET_HOME")
     target = cache_folder() / "networks" / file
@@ -95,7 +95,7 @@ class Segmenter:
 
 # %% ../../nbs/3_data/15_segmenter.ipynb #e5ecf9de
 def load_segmenter(
-    name: str = "u2netp",  # u2netp (4.6 MB), u2net, silueta, isnet-general-use, or any other model of rembg where it is installed
+    name: str = "u2netp",  # u2netp (4.6 MB), u2net, silueta, isnet-general-use, or with rembg any of its models
     path: str | Path | None = None,  # its file; None looks for it and else downloads it
     *,
     threads: int | None = None,  # for the network; None takes as many as torch does

@@ -39,7 +39,8 @@ class _Outline:
         self.left = solid.float().argmax(1).float()
         self.right = solid.shape[1] - solid.flip(1).float().argmax(1).float()
         self.bottom = side - (rows > 0.5).flip(1).float().argmax(1).float()
-        self.position = (torch.arange(_N_COLUMNS, device=opacity.device) + 0.5) / _N_COLUMNS  # 0 at the nose, 1 at the tail
+        columns = torch.arange(_N_COLUMNS, device=opacity.device)
+        self.position = (columns + 0.5) / _N_COLUMNS  # 0 at the nose, 1 at the tail
         above_ground = torch.arange(side, device=opacity.device)[:, None] < self.bottom[:, None, None]
         below_top = opacity.cummax(1).values * above_ground
         below_body = (1 - opacity.flip(1).cummax(1).values.flip(1)) * above_ground
@@ -104,7 +105,7 @@ ATTRIBUTES = {
     "clearance": Attribute("Ground clearance", **_SHARE),
     "wheelbase": Attribute("Wheelbase", **_SHARE),
 }
-EDITABLE = ("height", "hood", "cabin", "lightness", "yellow_blue")  # measured well in each view, and free of each other
+EDITABLE = ("height", "hood", "cabin", "lightness", "red_green", "yellow_blue")  # measured well in each view
 
 # %% ../../nbs/5_eval/05_attributes.ipynb #6a77d924
 def _wheelbase(outline: _Outline) -> torch.Tensor:

@@ -11,7 +11,7 @@ import time
 
 from ..config import CarprotoError, TrainConfig
 from ..core import find_nonfinite
-from ..files import load_json, remove_leftovers, save_json
+from ..files import remove_leftovers, save_json
 from .distributed import Processes
 from .reports import save_best
 from .session import Clock, check_same

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from ..config import CarprotoError, TrainConfig
+from .session import read_config
 from .sngan import Generator
 from .train import Result, train_gan
-from .trainer import read_config
 from ..run import RunFolder, load_checkpoint
 
 # %% ../../nbs/4_gan/13_finetune.ipynb #1b85f0ca

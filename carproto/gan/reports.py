@@ -12,8 +12,9 @@ from collections.abc import Callable
 import torch
 
 from ..core import sample_latents
+from .session import read_restrictions
 from .sngan import Generator, save_generator
-from .trainer import Trainer, read_restrictions
+from .trainer import Trainer
 from ..images import FITS, to_tensor
 from ..run import RunFolder
 from ..viz import image_grid, save_picture

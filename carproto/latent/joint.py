@@ -8,6 +8,7 @@ __all__ = ['WhitePenalty', 'JointTrainer', 'tune_jointly']
 # %% ../../nbs/6_latent/04_joint.ipynb #4b5643c2
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from ..core import seeded
 from ..eval.perceptual import PerceptualDistance
 from ..eval.reconstruction import explained_variance
 from ..gan.loader import ImageLoader
+from ..gan.losses import hinge_generator
 from ..gan.sngan import Generator
+from ..gan.spectral_norm import fixed_weights
 from ..gan.train import Result, train_gan
-from ..gan.trainer import Trainer
+from ..gan.trainer import Trainer, update_ema
 from ..images import to_tensor
 from .encoder import StyleEncoder, reconstruct, save_encoder
 
@@ -90,6 +93,7 @@ class JointTrainer(Trainer):
         self.optimizer_e = torch.optim.Adam(trained, lr=config.lr_e, betas=(0.9, 0.99), fused=True)
         self.photos = ImageLoader(images, config.photo_batch, seeded(config.seed + 8), self.device)
         self.white = WhitePenalty()
+        self.last_reconstructions = None  # of the step before, where they are scored
         self._split_optimizer()
 
     def _split_optimizer(self) -> None:
@@ -117,7 +121,9 @@ def step_further(
     self.G.eval()  # running statistics, which samples set
     with self.autocast():
         raw, channel_gains = self.E.encode_raw(x)
-        reconstruction = self.G(self.E.scale(raw), channel_gains)
+        z = self.E.scale(raw)
+        inputs = [value.detach().requires_grad_() for value in (z, channel_gains)]
+        reconstruction = self.G(*inputs)
     errors = {"loss_pixel": F.mse_loss(reconstruction, x)}
     total = config.pixel_weight * errors["loss_pixel"]
     if self.perceptual is not None:
@@ -125,16 +131,43 @@ def step_further(
             target = self.perceptual.describe(x)
         errors["loss_perceptual"] = self.perceptual.distance_to(target, reconstruction).mean()
         total = total + config.perceptual_weight * errors["loss_perceptual"]
-    errors["loss_white"] = self.white(self.E.scale(raw))
-    errors["loss_gains"] = (channel_gains - 1).square().mean()
-    total = total + config.white_weight * errors["loss_white"]
-    total = total + config.channel_gain_weight * errors["loss_gains"]
-    self.optimizer_e.zero_grad()
-    total.backward()
-    self.optimizer_e.step()
+    total.backward(retain_graph=config.adversarial_weight > 0)
+    of_reconstruction = [value.grad.clone() for value in inputs]
+    if config.adversarial_weight:
+        errors["loss_adversarial"] = self._score_reconstructions(reconstruction)
+        (config.adversarial_weight * errors["loss_adversarial"]).backward()
+        self.last_reconstructions = reconstruction.detach()
     self.G.train()
-    self._update_ema(self.E_ema, self.E)
+    errors["loss_white"] = self.white(z)
+    errors["loss_gains"] = (channel_gains - 1).square().mean()
+    total = config.white_weight * errors["loss_white"] + config.channel_gain_weight * errors["loss_gains"]
+    self.optimizer_e.zero_grad()
+    torch.autograd.backward([total, z, channel_gains], [None, *of_reconstruction])
+    self.optimizer_e.step()
+    update_ema(self.E_ema, self.E, self.step, config)
     return {name: value.detach() for name, value in errors.items()}
+
+
+@patch
+def _score_reconstructions(self: JointTrainer, images: torch.Tensor) -> torch.Tensor:
+    "Return the generator's hinge loss of reconstructions, summed over the discriminators."
+    self.D.eval()
+    fixed_heads = nullcontext() if self.heads is None else fixed_weights(self.heads.net.eval(), self.precision)
+    with fixed_weights(self.D, self.precision), fixed_heads, self.autocast():
+        augmented = self.augment(images, self.noise)
+        logits = [self.D(augmented), *([] if self.heads is None else self.heads.score(augmented))]
+    return sum(hinge_generator(one) for one in logits)
+
+
+@patch
+def generate_fakes(
+    self: JointTrainer,
+) -> torch.Tensor:  # (batch, 3, size, size)
+    "Generate samples; where reconstructions are scored too, the last ones take the place of as many samples."
+    samples = self.G(self.sample_z())
+    if self.last_reconstructions is None:
+        return samples
+    return torch.cat([samples[len(self.last_reconstructions) :], self.last_reconstructions.to(samples.dtype)])
 
 # %% ../../nbs/6_latent/04_joint.ipynb #a252a4f8
 @patch
@@ -183,7 +216,7 @@ def state_dict(
     self._join_optimizer()
     state = Trainer.state_dict(self)
     self._split_optimizer()
-    return state
+    return {**state, "last_reconstructions": self.last_reconstructions}
 
 
 @patch
@@ -195,6 +228,7 @@ def load_state_dict(
     self._join_optimizer()
     Trainer.load_state_dict(self, state)
     self._split_optimizer()
+    self.last_reconstructions = state.get("last_reconstructions")
 
 # %% ../../nbs/6_latent/04_joint.ipynb #48668949
 def tune_jointly(

@@ -230,7 +230,7 @@ def _open(trainer: EncoderTrainer, run: RunFolder, max_minutes: float | None) ->
         trainer.load_state_dict(state)
     elif not run.exists:
         run.create(trainer.config)
-    elif (run.path / "encoder" / "config.json").exists() or not set(run.config()) == set(asdict(trainer.config)):
+    elif (run.path / "encoder" / "config.json").exists() or set(run.config()) != set(asdict(trainer.config)):
         text = f"{run.path} holds another run, or an encoder and no checkpoint to resume"
         raise CarprotoError(f"{text}: choose another name")
     else:

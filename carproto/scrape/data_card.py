@@ -112,7 +112,8 @@ _COLUMNS = ["licence", "author", "page", "source"]  # of the list, beside url an
 
 def _quote_formula(value: str) -> str:
     "Put an apostrophe before a cell that a spreadsheet would compute."
-    return f"'{value}" if str(value).startswith(tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")) else value  # also in full width
+    starts = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # also in full width
+    return f"'{value}" if str(value).startswith(starts) else value
 
 
 def _list_rows(source: str | Path | Iterable[PhotoRecord]) -> list[dict]:

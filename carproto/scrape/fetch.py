@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from .. import __version__
 from ..config import CarprotoError
 from ..files import import_extra, load_json, save_json
-from .hosts import Host, _simplify_rules, describe_failure, parse_retry_after, read_location
+from .hosts import _MAX_WAIT, Host, _simplify_rules, describe_failure, read_location
 from .html import decode_text
 from .security import Picture, check_picture, find_private, secure_session
 from .urls import FetchError, normalize_url, recorded
@@ -72,9 +72,6 @@ class Fetcher:
         self._session = secure_session(self.allowed, total_timeout, max_bytes=max_bytes + _MAX_HEADERS)
 
 # %% ../../nbs/2_scrape/05_fetch.ipynb #cfd1199d
-_MAX_WAIT = 120.0  # seconds; a server that asks for a longer pause is left to the next run
-_MAX_FAILURES = 10  # in a row, before a host is left alone
-_MAX_REFUSALS = 100  # answers 403 in a row, before a host is left alone
 _MAX_ROBOTS = 512_000  # bytes of robots.txt that are read
 
 
@@ -92,19 +89,6 @@ def _host(self: Fetcher, url: str) -> Host:
     with self._lock:
         return self._hosts.setdefault(urlsplit(url).netloc, Host(self.delay))
 
-
-@patch
-def _check_host(self: Fetcher, url: str) -> None:
-    "Raise `FetchError` for a host that is left alone."
-    host = self._host(url)
-    seconds_left = host.paused_until - time.monotonic()
-    if seconds_left > _MAX_WAIT:
-        raise FetchError("the host asked us to stay away", url, wait=seconds_left, permanent=False)
-    if host.n_failures >= _MAX_FAILURES or host.n_refusals >= _MAX_REFUSALS:
-        how = f"failed {_MAX_FAILURES}" if host.n_failures >= _MAX_FAILURES else f"refused {_MAX_REFUSALS}"
-        reason = f"left alone, the host {how} times in a row"
-        raise FetchError(reason, url, wait=_MAX_WAIT + 1, permanent=False)
-
 # %% ../../nbs/2_scrape/05_fetch.ipynb #960efd1a
 @patch
 def _request(self: Fetcher, url: str):
@@ -112,7 +96,7 @@ def _request(self: Fetcher, url: str):
     exceptions = import_extra("requests").exceptions
     http_error = import_extra("urllib3").exceptions.HTTPError
     host = self._host(url)
-    self._check_host(url)
+    host.check(url)
     self._pause(host.reserve_slot(), url)
     try:
         headers = {"User-Agent": self.agent}
@@ -122,26 +106,6 @@ def _request(self: Fetcher, url: str):
     except (exceptions.RequestException, http_error, http.client.HTTPException, OSError) as error:
         host.n_failures += 1
         raise FetchError(describe_failure(error), url, permanent=False) from error
-
-# %% ../../nbs/2_scrape/05_fetch.ipynb #fcbc4013
-@patch
-def _check_status(self: Fetcher, response, url: str) -> None:
-    "Raise `FetchError` for any status but 200."
-    status = response.status_code
-    host = self._host(url)
-    host.n_refusals = host.n_refusals + 1 if status == 403 else 0
-    if status in (429, 500, 502, 503, 504):
-        wait = parse_retry_after(response.headers.get("retry-after"))
-        if wait is not None or status == 429:
-            host.paused_until = time.monotonic() + (self.backoff if wait is None else wait)
-        else:
-            host.n_failures += 1
-        raise FetchError(f"the server answered {status}", url, permanent=False, wait=wait)
-    host.n_failures = 0
-    if status == 403:
-        raise FetchError("the server answered 403", url, permanent=False, wait=_MAX_WAIT + 1)
-    if status != 200:
-        raise FetchError(f"the server answered {status}", url)
 
 # %% ../../nbs/2_scrape/05_fetch.ipynb #0d527737
 @patch
@@ -223,7 +187,7 @@ def _follow(
         with self._request(url) as response:
             target = read_location(response)
             if target is None:
-                self._check_status(response, url)
+                self._host(url).check_status(response, url, self.backoff)
                 declared = response.headers.get("content-type", "").partition("charset=")[2]
                 encoding = declared.partition(";")[0].strip("\"' ")
                 return url, self._read(response, url, limit, is_cut), encoding

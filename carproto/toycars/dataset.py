@@ -35,8 +35,7 @@ class ToyCars(torch.utils.data.Dataset):
         seed: int = 0,  # of all factors
         futurism: tuple[float, float] = COMMON,  # range of futurism, such as `COMMON` or `FUTURISTIC`
         start: int = 0,  # index of the first car
-        align: Callable
-        | None = None,  # an `Aligner`, which places cars as in aligned photos; None keeps their background
+        align: Callable | None = None,  # an `Aligner`, to place cars as in aligned photos; None keeps their background
         progress: bool = False,  # whether to show a bar
     ):
         check_size(size)

@@ -127,7 +127,7 @@ function checkEdits({ amounts, z_a, z_b }, pair) {
   if (!isRight(z_a) || !isRight(z_b) || typeof amounts !== 'object' || amounts === null || !isNumbers(Object.values(amounts))) {
     throw new PageError('This recipe is broken: edits hold amounts, and both latents before the edit.');
   }
-  const unknown = Object.keys(amounts).filter((name) => !pair.editor?.names.includes(name));
+  const unknown = Object.keys(amounts).filter((name) => !pair.editor?.editable.includes(name));
   if (unknown.length) throw new PageError(`This recipe edits ${unknown.join(', ')}, which this page cannot.`);
 }
 

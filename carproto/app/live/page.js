@@ -198,8 +198,9 @@ function showClamped(names) {
 }
 
 function showEdits() {
-  find('.body').hidden = !pair.editor;
-  const rows = (pair.editor?.names ?? []).map((name, k) => {
+  find('.body').hidden = !pair.editor?.editable.length;
+  const rows = (pair.editor?.editable ?? []).map((name) => {
+    const k = pair.editor.names.indexOf(name);
     const { shown, low, high } = pair.editor;
     const row = document.createElement('div');
     row.className = 'edit';
