@@ -167,7 +167,7 @@ class Encode:
     heldout_concepts: OrNone[PathText] = None  # futuristic cars for evaluation only; None: a tenth of --concepts
     pictures: OrNone[PathText] = None  # folder or zip of photos to invert after training; None inverts none
     encoder: OrNone[PathText] = None  # trained encoder: its folder or a release such as real64; None trains one
-    pipeline: OrNone[PathText] = None  # release or exported folder; None: --common, --futuristic, --encoder
+    pipeline: OrNone[PathText] = None  # release or exported folder to invert with; None: --common, --encoder
     kind: str = "common"  # generator that inverts the photos: common or futuristic
     n: int = 16  # maximum number of photos to invert
     fit: OrNone[Fit] = None  # how a photo becomes square; None takes what the weights say
@@ -205,7 +205,7 @@ class Blend:
     generator: OrNone[str] = None  # intensities of the generator, written alike; None: --intensity
     levels: OrNone[str] = None  # factor of the generator's intensity at 4 px, 8 px ..., with commas; None: 1
     mode: BlendMode = "norm"  # path between the latents
-    calibrate_by: OrNone[PathText] = None  # by toys, or a probe's folder; None: by --pipeline's measure, if any
+    calibrate_by: OrNone[PathText] = None  # even steps by toys or a probe's folder; None: by --pipeline's measure
     uncalibrated: bool = False  # keep the intensities as they are, also where futurism can be measured
     backbone: OrNone[PathText] = None  # MobileNetV2 file of the probe's features; None where it needs none
     recipe: OrNone[PathText] = None  # recipe.json whose frames are generated again; None blends CAR_A and CAR_B

@@ -210,6 +210,7 @@ def snapshot_ema(
     "Copy the EMA and measure its BatchNorm statistics anew."
     return measure_statistics(copy.deepcopy(self.G_ema))
 
+
 # %% ../../nbs/4_gan/08_trainer.ipynb #152f43f3
 @patch
 def state_dict(

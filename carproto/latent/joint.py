@@ -144,7 +144,7 @@ def step_further(
     self.optimizer_e.zero_grad()
     torch.autograd.backward([total, z, channel_gains], [None, *of_reconstruction])
     self.optimizer_e.step()
-    update_ema(self.E_ema, self.E, self.step, config)
+    update_ema(self.E_ema, self.E, max(self.step, 1), config)
     return {name: value.detach() for name, value in errors.items()}
 
 
