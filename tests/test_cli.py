@@ -82,13 +82,29 @@ def test_help_of_every_command_needs_no_torch(tmp_path):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_says_what_it_is(name):
     """The comment of a field is the help of its option; it says what None means."""
-    source = "".join(inspect.getsource(kind) for kind in COMMANDS[name].__mro__[:-1])  # without object
+    classes = COMMANDS[name].__mro__[-2::-1]  # without object; a subclass counts last
+    source = "".join(inspect.getsource(kind) for kind in classes)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
     for option in fields(COMMANDS[name]):
         if option.name not in ("config", "plan", "refine"):
             assert option.name in comments, f"--{option.name} has no help"
             positional = option.name in ("car_a", "car_b")
             assert option.default is not None or positional or "None" in comments[option.name], option.name
+
+
+@pytest.mark.parametrize(
+    "name, option, words",
+    [("blend", "--refine.use_channel_gains {True,False}", "CAR_A CAR_B"), ("train", "--data PATH", "--run PATH")],
+)
+def test_help_is_to_the_point(name, option, words, capsys):
+    """A switch shows both values, positionals have names, options come before rarer ones, None is not said twice."""
+    assert main([name, "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert option in printed and words in printed
+    own = re.split("(?:refine|config) options", printed)[0]
+    assert own != printed and "(default: None)" not in " ".join(re.sub("[│|]", " ", own).split())
+    if name == "train":
+        assert printed.index("--data") < printed.index("--run") < printed.index("--heldout")
 
 
 def test_every_default_is_the_dataclass_of_its_stage():

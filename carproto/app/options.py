@@ -210,7 +210,7 @@ class Blend:
     backbone: OrNone[PathText] = None  # MobileNetV2 file of the probe's features; None where it needs none
     recipe: OrNone[PathText] = None  # recipe.json whose frames are generated again; None blends CAR_A and CAR_B
     edit: OrNone[str] = None  # body edits of both cars, such as height=-0.05,lightness=20; None edits nothing
-    editor: OrNone[PathText] = None  # folder of an editor, or a release such as toy64/editor; --edit needs it
+    editor: OrNone[PathText] = None  # folder of an editor, or a release such as toy64/editor; None edits nothing
     fit: OrNone[Fit] = None  # how a photo becomes square; None takes what the weights say
     extrapolate: bool = False  # allow intensities outside 0 to 1
     refine: FlagConversionOff[InvertConfig] = PHOTO_INVERSION

@@ -51,7 +51,7 @@ def check_frame(
     differing = sorted(name for name in {*expected, *given} if expected.get(name) != given.get(name))
     fields = ", ".join(differing)
     raise CarprotoError(
-        f"these weights expect another alignment frame ({fields} differ): align the pictures again, with theirs"
+        f"these weights expect another alignment frame ({fields} differ): align the pictures again, with it"
     )
 
 # %% ../../nbs/3_data/17_frames.ipynb #0306b66c

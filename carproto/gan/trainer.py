@@ -70,7 +70,7 @@ class Trainer:
         return self.G(self.sample_z())
 
     def step_further(self) -> dict[str, torch.Tensor]:
-        "Add gradients of a subclass's losses to the generator's, before its optimizer steps; return scalars by name."
+        "Add a subclass's gradients to the generator's, step its other networks, and return scalars by name."
         return {}
 
     def measure(self, G: Generator, heldout: torch.Tensor | None) -> dict[str, float]:
