@@ -15,8 +15,16 @@ from .pipeline import CarPipeline
 from ..blend.recipe import BlendRecipe
 from ..config import CarprotoError
 from ..data.align import config_from_frame
-from ..eval.attributes import ATTRIBUTES, EDITABLE, Attribute, car_opacity, measure_attributes
-from ..latent.edit import LatentEditor, Measure, fit_editor, load_editor, toy_attributes
+from carproto.eval.attributes import (
+    ATTRIBUTES,
+    EDITABLE,
+    Attribute,
+    Measure,
+    car_opacity,
+    measure_attributes,
+    toy_attributes,
+)
+from ..latent.edit import LatentEditor, fit_editor, load_editor
 from ..toycars.regressor import factor_regressor
 from ..weights import find_weights
 

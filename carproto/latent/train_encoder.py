@@ -23,7 +23,8 @@ from ..files import lock_folder, remove_leftovers, save_json
 from ..gan.loader import ImageLoader
 from ..gan.sngan import Generator
 from ..gan.train import Clock, finish_step
-from .encoder import LatentEncoder, evaluate_encoder, load_imagenet, save_encoder
+from .encoder import LatentEncoder, evaluate_encoder, save_encoder
+from ..pretrained import load_imagenet
 from ..run import RunFolder, load_checkpoint, name_last_good, save_checkpoint
 
 # %% ../../nbs/6_latent/01_train_encoder.ipynb #45fe1e9f

@@ -1,0 +1,108 @@
+"""Measure a released pair of aligned photos: samples of both generators, and inversions of held-out photos.
+
+    python studies/photo_quality.py photo64 --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip \\
+        --concepts_heldout CONCEPTS_HELDOUT.zip --masks FOLDER --aspect 1.4 --extractor MOBILENET.safetensors \\
+        --squeezenet SQUEEZENET.safetensors
+
+MobileNetV2 at 96 px measures; training never saw it. LPIPS takes SqueezeNet, whose features training did see. Samples
+are unpicked, from three seeds of latents."""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from _record import save_and_print
+from photo_pair import open_aligned
+
+from carproto.app.pipeline import CarPipeline
+from carproto.config import CarprotoError, InvertConfig
+from carproto.data.align import AlignConfig
+from carproto.eval.features import extract_features, mobilenet_extractor
+from carproto.eval.metrics import Evaluator, generate_images
+from carproto.eval.reconstruction import Lpips, explained_variance, foreground, mask_iou, retrieval
+from carproto.images import to_tensor
+from carproto.latent.encoder import reconstruct
+
+SEEDS = (0, 1, 2)  # of the latents
+
+
+def measure_samples(G: torch.nn.Module, train: torch.Tensor, unseen: torch.Tensor, extractor, n: int) -> dict:
+    """Measure samples of one generator: mean and standard deviation over seeds of latents."""
+    evaluator = Evaluator(unseen, extractor, train=train)
+    rows = [evaluator.evaluate_images(generate_images(G, n, seed=seed)) for seed in SEEDS]
+    names = ("kid", "precision", "recall", "density", "coverage", "copy_rate")
+    result = {"n_train": len(train), "n_heldout": len(unseen), "n_samples": n, "seeds": list(SEEDS)}
+    for name in names:
+        values = [row[name] for row in rows]
+        result[name] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
+    some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:n]]
+    real = evaluator.evaluate_images(to_tensor(some))
+    result["training_photos"] = {name: real[name] for name in names if name != "copy_rate"}
+    return result
+
+
+def measure_inversions(images: torch.Tensor, x: torch.Tensor, extractor, lpips: Lpips, background: tuple) -> dict:
+    """Compare inversions with their originals."""
+    ranks = retrieval(extract_features(images, extractor), extract_features(x, extractor))
+    masks = [foreground(some, background) for some in (images, x)]
+    return {
+        "retrieval_top1": ranks["top1"],
+        "retrieval_top5": ranks["top5"],
+        "chance": ranks["chance"],
+        "photo_r2": explained_variance(images, x),
+        "lpips": lpips(images, x).mean().item(),
+        "mask_iou": mask_iou(*masks).mean().item(),
+    }
+
+
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("release", help="name or folder of the pair")
+    for name in ("data", "heldout", "concepts", "concepts_heldout", "extractor", "squeezenet"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--masks", type=Path, help="folder with a folder of masks for each set; default: beside it")
+    parser.add_argument("--aspect", type=float, help="width by height of squashed photos; default: their own")
+    parser.add_argument("--n_samples", type=int, default=1000, help="generated images a seed")
+    parser.add_argument("--n_inverted", type=int, default=500, help="held-out photos that are inverted")
+    parser.add_argument("--steps", type=int, default=InvertConfig().steps, help="of the refinement")
+    parser.add_argument("--out", type=Path, default=Path("data/records/photo_quality.json"))
+    parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Measure and write the record."""
+    arguments = read_arguments(argv)
+    torch.set_num_threads(arguments.threads)
+    pipe = CarPipeline.from_pretrained(arguments.release)
+    extractor = mobilenet_extractor(arguments.extractor, 96)
+    names = ("data", "heldout", "concepts", "concepts_heldout")
+    sets = {name: open_aligned(getattr(arguments, name), arguments).images for name in names}
+    record = {"release": arguments.release, "fingerprints": pipe.fingerprints, "extractor": extractor.name}
+    options = {"extractor": extractor, "n": arguments.n_samples}
+    record["common"] = measure_samples(pipe.common, sets["data"], sets["heldout"], **options)
+    if pipe.futuristic is not None:
+        record["futuristic"] = measure_samples(pipe.futuristic, sets["concepts"], sets["concepts_heldout"], **options)
+    x = to_tensor(sets["heldout"][: arguments.n_inverted])
+    background = AlignConfig(aspect=arguments.aspect).background
+    compared = {"x": x, "extractor": extractor, "lpips": Lpips(arguments.squeezenet), "background": background}
+    by_encoder = torch.cat([reconstruct(pipe.encoder, pipe.common, part) for part in x.split(64)])
+    record["inversion"] = {"n": len(x), "encoder": measure_inversions(by_encoder, **compared)}
+    if arguments.steps:
+        with torch.enable_grad():
+            config = InvertConfig(**{**vars(pipe.inversion), "steps": arguments.steps})
+            refined = pipe.encode(x, config=config, warn=False, quiet=False)
+        record["inversion"]["refined"] = measure_inversions(refined.images, **compared)
+        record["inversion"] |= {"steps": arguments.steps, "seconds_each": refined.seconds.mean().item()}
+    save_and_print(record, arguments.out)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except CarprotoError as error:
+        sys.exit(f"photo_quality: {error}")
