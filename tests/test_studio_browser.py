@@ -397,8 +397,8 @@ def test_upload_of_what_is_no_car(released, name, reason):
 
 def test_switch_of_the_pair(released):
     pairs = options(released, "pipeline-list")
-    assert pairs == ["toy cars", "real cars"]
-    choose(released, "pipeline-list", "real cars")
+    assert pairs == ["toy cars", "aligned photos", "photos with their background"]
+    choose(released, "pipeline-list", "photos with their background")
     assert "give that file as the backbone" in text(released, "Futurism is not measured")
     wait_for_rest(released)
     assert "mask IoU" not in released.locator(".carproto-curves").inner_text()
