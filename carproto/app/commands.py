@@ -219,7 +219,7 @@ def finetune(
     options = replace(options, fit=options.fit or parent.fit)
     images, shared = _open_training(options, parent.size, _feature_net(options.source))
     result = finetune_freezed(options.source, images, options.run, **options.config.changes(), **shared)
-    _print_result(result, f"carproto encode --common {quote(options.source)} --futuristic {quote(options.run)}")
+    _print_result(result, f"carproto train_encoder --common {quote(options.source)} --futuristic {quote(options.run)}")
 
 # %% ../../nbs/8_app/31_commands.ipynb #e08ff702
 def subspace(
