@@ -10,6 +10,7 @@ are unpicked, from three seeds of latents."""
 import argparse
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from carproto.images import to_tensor
 from carproto.latent.encoder import reconstruct
 
 SEEDS = (0, 1, 2)  # of the latents
+SETS = ("data", "heldout", "concepts", "concepts_heldout")  # of photos: common and futuristic, seen and held out
 
 
 def measure_samples(G: torch.nn.Module, train: torch.Tensor, unseen: torch.Tensor, extractor, n: int) -> dict:
@@ -57,31 +59,42 @@ def measure_inversions(images: torch.Tensor, x: torch.Tensor, extractor, lpips: 
     }
 
 
-def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser(description: str, out: str) -> argparse.ArgumentParser:
+    """Make a parser with what a study of a released photo pair takes: the pair, its four sets, and how they open."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("release", help="name or folder of the pair")
-    for name in ("data", "heldout", "concepts", "concepts_heldout", "extractor", "squeezenet"):
+    for name in (*SETS, "extractor"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--masks", type=Path, help="folder with a folder of masks for each set; default: beside it")
     parser.add_argument("--aspect", type=float, help="width by height of squashed photos; default: their own")
-    parser.add_argument("--n_samples", type=int, default=1000, help="generated images a seed")
-    parser.add_argument("--n_inverted", type=int, default=500, help="held-out photos that are inverted")
-    parser.add_argument("--steps", type=int, default=InvertConfig().steps, help="of the refinement")
-    parser.add_argument("--out", type=Path, default=Path("data/records/photo_quality.json"))
+    parser.add_argument("--steps", type=int, default=InvertConfig().steps, help="of the refinement, in each pass")
+    parser.add_argument("--out", type=Path, default=Path("data/records") / out)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
-    return parser.parse_args(argv)
+    return parser
+
+
+def open_sets(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Open the four sets as aligned cars, uint8."""
+    return {name: open_aligned(getattr(arguments, name), arguments).images for name in SETS}
+
+
+def with_steps(pipe: CarPipeline, steps: int) -> InvertConfig:
+    """Return a pipeline's inversion with another number of steps."""
+    return replace(pipe.inversion, steps=steps)
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Measure and write the record."""
-    arguments = read_arguments(argv)
+    parser = make_parser(__doc__.splitlines()[0], "photo_quality.json")
+    parser.add_argument("--squeezenet", type=Path, required=True)
+    parser.add_argument("--n_samples", type=int, default=1000, help="generated images a seed")
+    parser.add_argument("--n_inverted", type=int, default=500, help="held-out photos that are inverted")
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     pipe = CarPipeline.from_pretrained(arguments.release)
     extractor = mobilenet_extractor(arguments.extractor, 96)
-    names = ("data", "heldout", "concepts", "concepts_heldout")
-    sets = {name: open_aligned(getattr(arguments, name), arguments).images for name in names}
+    sets = open_sets(arguments)
     record = {"release": arguments.release, "fingerprints": pipe.fingerprints, "extractor": extractor.name}
     options = {"extractor": extractor, "n": arguments.n_samples}
     record["common"] = measure_samples(pipe.common, sets["data"], sets["heldout"], **options)
@@ -94,8 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     record["inversion"] = {"n": len(x), "encoder": measure_inversions(by_encoder, **compared)}
     if arguments.steps:
         with torch.enable_grad():
-            config = InvertConfig(**{**vars(pipe.inversion), "steps": arguments.steps})
-            refined = pipe.encode(x, config=config, warn=False, quiet=False)
+            refined = pipe.encode(x, config=with_steps(pipe, arguments.steps), warn=False, quiet=False)
         record["inversion"]["refined"] = measure_inversions(refined.images, **compared)
         record["inversion"] |= {"steps": arguments.steps, "seconds_each": refined.seconds.mean().item()}
     save_and_print(record, arguments.out)

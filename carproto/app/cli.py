@@ -27,6 +27,7 @@ from carproto.app.options import (
     Studio,
     Subspace,
     Train,
+    Tune,
 )
 from ..config import CarprotoError
 
@@ -37,6 +38,7 @@ COMMANDS = {  # sub-command: dataclass of its options
     "curate": Curate,
     "label": Label,
     "train": Train,
+    "tune": Tune,
     "finetune": Finetune,
     "subspace": Subspace,
     "encode": Encode,
@@ -95,6 +97,7 @@ def run(
         Curate: commands.curate,
         Label: notebook_commands.label,
         Train: commands.train,
+        Tune: latent_commands.tune,
         Finetune: commands.finetune,
         Subspace: commands.subspace,
         Encode: latent_commands.encode,
