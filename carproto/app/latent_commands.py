@@ -198,6 +198,8 @@ def make_blend(
 ) -> BlendRecipe:  # all that is needed to generate the frames
     "Invert both cars and plan the intensities of latent and generator."
     steps = parse_intensities(options.intensity)
+    if options.truncation is not None:
+        pipeline.truncation = options.truncation
     return pipeline.plan_blend(
         options.car_a,
         options.car_b,

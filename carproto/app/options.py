@@ -192,9 +192,8 @@ class Encode:
         _check_pipeline(self)
         kinds = ["common"] + ["futuristic"] * (self.futuristic is not None or self.pipeline is not None)
         if self.kind not in kinds:
-            raise CarprotoError(
-                f"kind {self.kind!r} is not possible: choose one of {', '.join(kinds)}, and give the folder of its run"
-            )
+            advice = f"choose one of {', '.join(kinds)}, and give the folder of its run"
+            raise CarprotoError(f"kind {self.kind!r} is not possible: {advice}")
         for name in ("encoder", "pipeline"):
             if getattr(self, name) is not None and self.pictures is None:
                 raise CarprotoError(f"--{name} inverts --pictures: name a folder or zip of them")
@@ -224,6 +223,7 @@ class Blend:
     editor: OrNone[PathText] = None  # folder of an editor, or a release such as toy64/editor; None edits nothing
     fit: OrNone[Fit] = None  # how a photo becomes square; None takes what the weights say
     extrapolate: bool = False  # allow intensities outside 0 to 1
+    truncation: OrNone[float] = None  # of seeds' latents, 0 to 1: less gives typical cars; None: the release's, or 1
     refine: FlagConversionOff[InvertConfig] = PHOTO_INVERSION
 
     def __post_init__(self):

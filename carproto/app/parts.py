@@ -28,7 +28,7 @@ from ..images import FITS
 from ..latent.encoder import LatentEncoder, StyleEncoder, load_encoder, load_encoder_config, save_encoder
 from ..latent.invert import ERROR_P99
 from ..toycars.regressor import factor_regressor
-from ..weights import IN_REPOSITORY, find_weights, load_config, whole, word
+from ..weights import IN_REPOSITORY, find_weights, load_config, number, whole, word
 
 # %% ../../nbs/8_app/02_parts.ipynb #0f09f01f
 _Scale = Callable[[torch.Tensor], Sequence[float]]  # images (n, 3, H, W) -> n numbers
@@ -50,6 +50,7 @@ class PipelineParts:
     segment: Callable | str | Path | None = None  # from picture to mask, or the network's file; None downloads it
     has_outlines: bool = True  # whether cars stand before a plain background, so that masks can be compared
     seed: int = 0  # of example cars
+    truncation: float = 1.0  # of random cars' latents, 0 to 1; 1 is the prior
     note: str = ""  # which parts are missing, and why
     metric_source: Discriminator | str | None = None  # of `perceptual`: a network, or "toys" for the factor regressor
     futurism_source: FuturismProbe | str | None = None  # of `futurism`: a probe, or "toys" for the factor regressor
@@ -96,6 +97,7 @@ def load_parts(
     fit: str | None = None,  # how a photo becomes square; None takes what the weights say
     has_outlines: bool | None = None,  # whether cars stand before a plain background; None where they are aligned
     seed: int | None = None,  # of example cars; None is 0
+    truncation: float | None = None,  # of random cars' latents, 0 to 1; None is the prior, 1
     optional: bool = False,  # note what is missing beside the generators, and go on
     device: str = "cpu",  # where the networks run
 ) -> PipelineParts:  # with the alignment frame that the weights expect
@@ -113,6 +115,7 @@ def load_parts(
     G = best_generator(common, device)
     child = None if futuristic is None else best_generator(futuristic, device)
     parts = PipelineParts(G, child, fit=fit, frame=_find_frame(common), segment=segment, seed=seed or 0)
+    parts.truncation = parts.truncation if truncation is None else truncation
     parts.has_outlines = parts.frame is not None if has_outlines is None else has_outlines
     if encoder is not None:
         attempt(lambda: _add_encoder(parts, encoder, device), "Photos cannot be inverted")
@@ -184,6 +187,7 @@ RELEASED_PIPELINES = {  # name: title, and a seed whose cars both generators gen
 }
 _KINDS = {
     "seed": whole(0, 2**31 - 1),
+    "truncation": number(0, 1),
     "fit": word(*FITS),
     "metric": word("toys", "discriminator"),
     "futurism": word("toys", "probe"),
@@ -269,6 +273,6 @@ def save_parts(
     if isinstance(parts.futurism_source, FuturismProbe):
         parts.futurism_source.save(folder / "probe")
         kinds["futurism"] = "probe"
-    config = {"seed": parts.seed, "fit": parts.fit, "has_outlines": parts.has_outlines, **kinds}
-    save_json({"kind": "pipeline", "format": 1, **config}, folder / "config.json")
+    config = {name: getattr(parts, name) for name in ("seed", "truncation", "fit", "has_outlines")}
+    save_json({"kind": "pipeline", "format": 1, **config, **kinds}, folder / "config.json")
     return folder
