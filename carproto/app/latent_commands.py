@@ -7,7 +7,7 @@ __all__ = ['tune', 'invert_folder', 'encode', 'train_folder', 'parse_intensities
 
 # %% ../../nbs/8_app/32_latent_commands.ipynb #80e5ca65
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from shlex import quote
 
@@ -137,9 +137,10 @@ def train_folder(
 
 
 def _set_inversion(pipeline: CarPipeline, options: Encode | Blend) -> None:
-    "Take the refinement of the command line where it differs from the default; else the pipeline knows its own."
-    if options.refine != PHOTO_INVERSION:
-        pipeline.inversion = options.refine
+    "Take what the command line changes of the refinement; the pipeline knows the rest, since it knows its encoder."
+    given, default = asdict(options.refine), asdict(PHOTO_INVERSION)
+    changes = {name: value for name, value in given.items() if value != default[name]}
+    pipeline.inversion = replace(pipeline.inversion, **changes)
 
 # %% ../../nbs/8_app/32_latent_commands.ipynb #63a9efce
 def parse_intensities(

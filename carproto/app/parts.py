@@ -183,7 +183,6 @@ def _add_scale(parts: PipelineParts, spec: str | Path, backbone: str | Path | No
 RELEASED_PIPELINES = {  # name: title, and a seed whose cars both generators generate well
     "toy64": ("toy cars", 1),
     "photo64": ("aligned photos", 1),
-    "real64": ("photos with their background", 5),
 }
 _KINDS = {
     "seed": whole(0, 2**31 - 1),
