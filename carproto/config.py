@@ -146,11 +146,16 @@ class JointOptions:
     adversarial_weight: float = 0.0  # weight of the hinge losses of reconstructions; 0 scores samples alone
     white_weight: float = 0.15  # weight of the distance of the latents' mean and covariance from 0 and 1
     channel_gain_weight: float = 1.0  # weight of the channel gains' mean squared distance from 1
+    lr_map: float = 1e-3  # Adam's learning rate of the network that predicts the gain map
+    map_share: float = 0.5  # share of the photos that are reconstructed with the map
+    map_weight: float = 1.0  # weight of the map's mean square
 
     def __post_init__(self):
         _check(self, "encoder_width photo_batch", 1)
-        _check(self, "lr_e lr_linear", above=True)
-        _check(self, "pixel_weight perceptual_weight adversarial_weight white_weight channel_gain_weight")
+        _check(self, "lr_e lr_linear lr_map", above=True)
+        _check(self, "pixel_weight perceptual_weight adversarial_weight white_weight channel_gain_weight map_weight")
+        if not 0 <= self.map_share <= 1:
+            raise CarprotoError(f"map_share is {self.map_share}: give a share from 0 to 1")
         if self.encoder_width % 8:
             raise CarprotoError(f"encoder_width is {self.encoder_width}: choose a multiple of 8")
 
@@ -250,7 +255,8 @@ class InvertConfig:
     norm_slack: float | None = None  # largest relative distance of the norm from sqrt(z_dim); None means no limit
     restarts: int = 1  # number of starts for each image, of which the best counts; the first is the encoder's
     use_channel_gains: bool = False  # also optimize a factor for each channel of G's blocks; True in `PHOTO_INVERSION`
-    channel_gain_weight: float = 10.0  # weight of the channel gains' mean squared distance from 1
+    channel_gain_weight: float = 10.0  # weight of the channel gains' mean squared distance from their start
+    channel_gain_lr_share: float = 0.1  # their learning rate, as a share of the latent's
     patience: int | None = None  # steps without an improvement of 0.1 % after which a batch stops; None means never
     batch: int = 32  # images refined together
     precision: Precision = "auto"  # bf16 or fp32; auto takes bf16 where the hardware computes in it
@@ -259,7 +265,7 @@ class InvertConfig:
     def __post_init__(self):
         check_seed(self.seed)
         _check_precision(self.precision)
-        _check(self, "steps pixel_weight prior_weight channel_gain_weight")
+        _check(self, "steps pixel_weight prior_weight channel_gain_weight channel_gain_lr_share")
         _check(self, "restarts batch patience", 1)
         _check(self, "lr", above=True)
         _check(self, "norm_slack", 0, 1)

@@ -86,7 +86,7 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "d4456bbda6267e9f34c55031efaa2d5261b691068e5442503f07e21bdf0c73e2",
     },
     "photo64/encoder": {
-        "config.json": "032a00edc61602fc503ea3fd31ee065ce8fa1bf69a2c6aa63fb61b8a8c3dc312",
+        "config.json": "478f1fd2c5c3537026b4f64ed1deefe33c466c8f2dd79571c68ebafac3b62f19",
         "model.safetensors": "e2986928b4dcaf58ca96dca854fa22a17dd649590dac7c03d84a52559654a2de",
     },
     "photo64/futuristic": {

@@ -6,6 +6,7 @@
 __all__ = ['OPSET', 'GraphBuilder', 'PairGraph', 'build_graph', 'write_graph', 'OnnxPair', 'compare_with_pytorch']
 
 # %% ../../nbs/7_blend/06_onnx_graph.ipynb #1cecd023
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -147,11 +148,12 @@ def _images(g: PairGraph, G: Generator) -> None:
     h = g.add("Gemm", z, g.parameter("linear.weight"), g.parameter("linear.bias"), transB=1)
     h = g.add("Reshape", h, g.constant([-1, G.linear.out_features // 16, 4, 4]))
     first = 0
-    for i, (block, n_channels) in enumerate(zip(G.blocks, G.channels)):
-        gain = g.add("Slice", gains, g.constant([first]), g.constant([first + n_channels]), g.constant([1]))
-        gain = g.add("Unsqueeze", gain, g.constant([2, 3]))
+    for i, (block, shape) in enumerate(zip(G.blocks, G.gain_shapes)):
+        n = math.prod(shape)
+        gain = g.add("Slice", gains, g.constant([first]), g.constant([first + n]), g.constant([1]))
+        gain = g.add("Reshape", gain, g.constant([-1, *shape]))
         h = g.add("Mul", _block(g, f"blocks.{i}", block, h), gain)
-        first += n_channels
+        first += n
     h = _conv(g, "conv", _norm_relu(g, "norm", h, G.norm.eps), 3)
     g.nodes.append(g.onnx.helper.make_node("Tanh", [h], ["images"]))
 

@@ -8,6 +8,7 @@ __all__ = ['Generator', 'Discriminator', 'measure_statistics', 'save_generator',
 
 # %% ../../nbs/4_gan/02_sngan.ipynb #e3f9f9fe
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ from .fused_conv import DownBlock, UpBlock, channels_at
 from .spectral_norm import add_spectral_norm, init_orthogonal
 from ..images import FITS
 from ..weights import check_shapes, find_weights, load_config, read_weights, save_weights, whole, word
-
 
 # %% ../../nbs/4_gan/02_sngan.ipynb #68727c50
 class Generator(nn.Module):
@@ -41,7 +41,8 @@ class Generator(nn.Module):
         channels = [channels_at(side, size, width) for side in sides]
         self.linear = nn.Linear(z_dim, channels[0] * 16)
         self.blocks = nn.ModuleList(UpBlock(n_in, n_out) for n_in, n_out in zip(channels, channels[1:]))
-        self.channels, self.n_channel_gains = channels[1:], sum(channels[1:])  # of the blocks, one after the other
+        self.gain_shapes = [(channels[1], 8, 8), *((n, 1, 1) for n in channels[2:])]  # of the blocks' channel gains
+        self.n_channel_gains = sum(map(math.prod, self.gain_shapes))
         self.norm = nn.BatchNorm2d(channels[-1], eps=1e-4)
         self.conv = nn.Conv2d(channels[-1], 3, 3, padding=1)
         init_orthogonal(self, seeded(seed))
@@ -53,10 +54,15 @@ class Generator(nn.Module):
     ) -> torch.Tensor:  # (N, 3, size, size)
         h = self.linear(z).view(len(z), -1, 4, 4)
         h = h.contiguous(memory_format=torch.channels_last)
-        factors = [None] * len(self.blocks) if channel_gains is None else channel_gains.split(self.channels, dim=1)
-        for block, factor in zip(self.blocks, factors):
-            h = block(h) if factor is None else block(h) * factor[:, :, None, None]
+        gains = [None] * len(self.blocks) if channel_gains is None else self.split_gains(channel_gains)
+        for block, gain in zip(self.blocks, gains):
+            h = block(h) if gain is None else block(h) * gain
         return torch.tanh(self.conv(F.relu(self.norm(h))).float())
+
+    def split_gains(self, channel_gains: torch.Tensor) -> list[torch.Tensor]:
+        "Divide channel gains (N, n_channel_gains) by blocks: (N, C, 8, 8) for the first, (N, C, 1, 1) for the others."
+        parts = channel_gains.split([math.prod(shape) for shape in self.gain_shapes], dim=1)
+        return [part.view(-1, *shape) for part, shape in zip(parts, self.gain_shapes)]
 
     def config(self) -> dict:
         "Return the arguments that build the same network again."

@@ -25,6 +25,7 @@ from carproto.weights import (
     check_shapes,
     find_weights,
     load_config,
+    many,
     number,
     read_weights,
     save_weights,
@@ -75,7 +76,7 @@ class LatentEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.fc(self.features(images)).float()
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def encode(self, images: torch.Tensor, *, use_map: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
         "Return latents (N, z_dim) and channel gains, here None."
         return self(images), None
 
@@ -92,6 +93,18 @@ def _stage(n_in: int, n_out: int, stride: int, norm_layer: Callable[[int], nn.Mo
     first = BasicBlock(n_in, n_out, stride, shortcut, norm_layer=norm_layer)
     return nn.Sequential(first, BasicBlock(n_out, n_out, norm_layer=norm_layer))
 
+
+def _map_network(size: int, n_out: int) -> nn.Sequential:
+    "Build a network from images (N, 3, size, size) to maps (N, n_out, 8, 8), which begin at 0."
+    norm_layer = partial(nn.GroupNorm, 8)
+    channels = [min(32 * 2**i, 128) for i in range((size // 8).bit_length())]
+    stages = [_stage(n_in, n_out, 2, norm_layer)[:1] for n_in, n_out in zip(channels, channels[1:])]
+    last = nn.Conv2d(channels[-1], n_out, 3, padding=1)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    final = BasicBlock(channels[-1], channels[-1], norm_layer=norm_layer)
+    return nn.Sequential(nn.Conv2d(3, channels[0], 3, padding=1), *stages, final, last)
+
 # %% ../../nbs/6_latent/00_encoder.ipynb #d4b2e8f3
 _SIDE = 32  # of the image that the principal components describe, pixels
 
@@ -105,17 +118,20 @@ class StyleEncoder(LatentEncoder):
         z_dim: int,  # dimensions of the latent
         width: int = 32,  # channels of the first stage, a multiple of 8
         *,
-        n_channel_gains: int,  # of the generator, see `Generator.n_channel_gains`
+        channels: Sequence[int],  # of the generator's blocks: `[shape[0] for shape in G.gain_shapes]`
         seed: int = 0,  # of the initial weights
         generator: str = "",  # fingerprint of the generator whose latents it predicts
     ):
         super().__init__(size, z_dim, width, seed=seed, generator=generator, norm_layer=partial(nn.GroupNorm, 8))
-        self.n_channel_gains = n_channel_gains
-        self.to_gains = nn.Linear(8 * width, n_channel_gains)
+        self.channels = list(channels)
+        self.to_gains = nn.Linear(8 * width, sum(channels))
         self.linear = nn.Linear(3 * min(size, _SIDE) ** 2, z_dim).requires_grad_(False)
         for layer in (self.fc, self.to_gains):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            self.to_map = _map_network(size, self.channels[0])
 
     @torch.no_grad()
     def fit_projection(
@@ -138,17 +154,23 @@ class StyleEncoder(LatentEncoder):
         side = min(self.size, _SIDE)
         return F.interpolate(images.float(), size=(side, side), mode="area").flatten(1)
 
-    def encode_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "Return latents before they are scaled (N, z_dim), and channel gains (N, n_channel_gains)."
+    def encode_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        "Return latents before they are scaled (N, z_dim), a gain a channel (N, sum of channels), and the gain map."
         h = self.features(images)
         with torch.autocast(images.device.type, enabled=False):
             projected = self.linear(self._shrink(images))
-        return projected + self.fc(h).float(), 1 + self.to_gains(h).float()
+        gain_map = self.to_map(images.contiguous(memory_format=torch.channels_last)).float()
+        return projected + self.fc(h).float(), 1 + self.to_gains(h).float(), gain_map
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def join_gains(self, gains: torch.Tensor, gain_map: torch.Tensor) -> torch.Tensor:
+        "Add the map (N, C, 8, 8) to the first block's gains; return channel gains (N, n_channel_gains)."
+        first, later = gains.split([self.channels[0], sum(self.channels[1:])], dim=1)
+        return torch.cat([(first[:, :, None, None] + gain_map).flatten(1), later], 1)
+
+    def encode(self, images: torch.Tensor, *, use_map: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         "Return latents of norm sqrt(z_dim) (N, z_dim), and channel gains (N, n_channel_gains)."
-        z, channel_gains = self.encode_raw(images)
-        return self.scale(z), channel_gains
+        z, gains, gain_map = self.encode_raw(images)
+        return self.scale(z), self.join_gains(gains, gain_map * use_map)
 
     def scale(self, z: torch.Tensor) -> torch.Tensor:
         "Scale latents to norm sqrt(z_dim)."
@@ -159,7 +181,7 @@ class StyleEncoder(LatentEncoder):
 
     def config(self) -> dict:
         "Return the arguments that build the same network."
-        return {**super().config(), "n_channel_gains": self.n_channel_gains}
+        return {**super().config(), "channels": self.channels}
 
 # %% ../../nbs/6_latent/00_encoder.ipynb #c1054a65
 def save_encoder(
@@ -187,15 +209,15 @@ def load_encoder(
         raise CarprotoError(f"{text}: train an encoder for this one")
     size = check_size(config["size"])
     z_dim, width = config["z_dim"], config["width"]
-    n_gains = config.get("n_channel_gains")
+    channels = config.get("channels")
     shapes = {"fc.weight": (z_dim, 8 * width), "conv1.weight": (width, 3, 3, 3)}
-    if n_gains is None:
+    if channels is None:
         E = LatentEncoder(size, z_dim, width, generator=config["generator"])
     else:
         if width % 8:
             raise CarprotoError(f"{folder}/config.json: width {width} is no multiple of 8: bring back the right file")
-        shapes["to_gains.weight"] = (n_gains, 8 * width)
-        E = StyleEncoder(size, z_dim, width, n_channel_gains=n_gains, generator=config["generator"])
+        shapes["to_gains.weight"] = (sum(channels), 8 * width)
+        E = StyleEncoder(size, z_dim, width, channels=channels, generator=config["generator"])
     check_shapes(folder / "model.safetensors", shapes)
     read_weights(E, folder / "model.safetensors")
     return E.eval().requires_grad_(False).to(device or pick_device())
@@ -206,7 +228,7 @@ def load_encoder_config(
 ) -> dict:  # its entries; "photo_rms_99", the 99th percentile error of photos, only where measured
     "Load and check an encoder's config.json; raise `CarprotoError` for impossible entries."
     fields = {"size": whole(16, 256), "z_dim": whole(1, 4096), "width": whole(1, 1024), "generator": word()}
-    optional = {"photo_rms_99": number(0, 2), "n_channel_gains": whole(1, 100_000)}
+    optional = {"photo_rms_99": number(0, 2), "channels": many(whole(1, 16_384), high=8)}
     return load_config(find_weights(folder), "encoder", fields, optional=optional)
 
 # %% ../../nbs/6_latent/00_encoder.ipynb #966dc724
@@ -222,9 +244,11 @@ def reconstruct(
     E: LatentEncoder,  # in eval mode
     G: Generator,  # whose latents it predicts, in eval mode
     images: torch.Tensor,  # float (N, 3, size, size) in [-1, 1]
+    *,
+    use_map: bool = True,  # False leaves out what differs by position among the channel gains
 ) -> torch.Tensor:  # (N, 3, size, size)
     "Generate images from their predicted latents and channel gains."
-    return G(*E.encode(images))
+    return G(*E.encode(images, use_map=use_map))
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ __all__ = ['ERROR_P99', 'Inversion', 'invert', 'find_outliers', 'tune_pivot']
 
 # %% ../../nbs/6_latent/02_invert.ipynb #a28258a8
 import copy
+import math
 import time
 from dataclasses import dataclass, fields
 
@@ -86,6 +87,10 @@ class _Refiner:
         self.z0 = z0
         self.has_gains = gains0 is not None or config.use_channel_gains
         self.gains0 = torch.ones(len(x), G.n_channel_gains, device=x.device) if gains0 is None else gains0
+        shapes = G.gain_shapes
+        share = [1 / (sum(shape[0] for shape in shapes) * shape[1] * shape[2]) for shape in shapes]
+        n_gains = torch.tensor([math.prod(shape) for shape in shapes])
+        self.gain_shares = torch.tensor(share).repeat_interleave(n_gains).to(x.device)  # each channel counts the same
         self.G = G
         self.perceptual = perceptual
         self.config = config
@@ -130,7 +135,7 @@ def optimize(self: _Refiner, bar) -> Inversion:
     channel_gains = start_gains.clone().requires_grad_(config.use_channel_gains)
     groups = [{"params": [z], "lr_share": 1.0}]
     if config.use_channel_gains:
-        groups.append({"params": [channel_gains], "lr_share": 0.1})
+        groups.append({"params": [channel_gains], "lr_share": config.channel_gain_lr_share})
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     with torch.no_grad():
         best = self.measure(self.generate(z, channel_gains))[2]
@@ -151,7 +156,7 @@ def optimize(self: _Refiner, bar) -> Inversion:
         if config.patience and waited >= config.patience:
             break
         prior = config.prior_weight * (z.norm(dim=1) / self.G.z_dim**0.5 - 1).square()
-        gain_penalty = config.channel_gain_weight * (channel_gains - start_gains).square().mean(1)
+        gain_penalty = config.channel_gain_weight * (channel_gains - start_gains).square() @ self.gain_shares
         optimizer.zero_grad()
         (loss + prior + gain_penalty).sum().backward()
         optimizer.step()
