@@ -189,7 +189,7 @@ class FinetuneConfig:
 
     def changes(self) -> dict:
         "Return keyword arguments for `finetune_freezed`."
-        return _leave_out_batch(asdict(self))
+        return {name: value for name, value in asdict(self).items() if name != "batch" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -208,12 +208,7 @@ class TuneConfig(JointOptions):
 
     def changes(self) -> dict:
         "Return the fields of `JointConfig` that differ from the parent's."
-        return _leave_out_batch(asdict(self))
-
-
-def _leave_out_batch(options: dict) -> dict:
-    "Return options without a batch that is None."
-    return {name: value for name, value in options.items() if name != "batch" or value is not None}
+        return {name: value for name, value in asdict(self).items() if name != "batch" or value is not None}
 
 # %% ../nbs/0_base/00_config.ipynb #f5b13c33
 @dataclass(frozen=True)
