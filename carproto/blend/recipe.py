@@ -49,12 +49,20 @@ class BlendRecipe:
         futuristic: Generator,  # its fine-tuned child
     ) -> torch.Tensor:  # float (n, 3, size, size) in [-1, 1]
         "Generate the frames; raise `CarprotoError` with generators other than the recipe's."
+        self.check_generators(common, futuristic)
+        return self.generate_frames(common, futuristic, range(len(self.latent)))
+
+    def check_generators(
+        self,
+        common: Generator,  # of common cars
+        futuristic: Generator,  # its fine-tuned child
+    ) -> None:
+        "Raise `CarprotoError` for generators other than the recipe's."
         for name, G in (("common", common), ("futuristic", futuristic)):
             if getattr(self, name) not in ("", G.fingerprint()):
                 fingerprint = getattr(self, name)
                 text = f"this recipe was made with another {name} generator"
                 raise CarprotoError(f"{text} ({fingerprint}): give that one")
-        return self.generate_frames(common, futuristic, range(len(self.latent)))
 
 # %% ../../nbs/7_blend/04_recipe.ipynb #e5a9b164
 @patch
