@@ -94,6 +94,7 @@ class JointTrainer(Trainer):
         self.optimizer_e = torch.optim.Adam(trained, lr=config.lr_e, betas=(0.9, 0.99), fused=True)
         self.photos = ImageLoader(images, config.photo_batch, seeded(config.seed + 8), self.device)
         self.white = WhitePenalty()
+        self.gain_shares = self.G_ema.gain_shares().to(self.device)
         self.last_reconstructions = None  # of the step before, where they are scored
         self._split_optimizer()
 
@@ -140,7 +141,7 @@ def step_further(
         self.last_reconstructions = reconstruction.detach()
     self.G.train()
     errors["loss_white"] = self.white(z)
-    errors["loss_gains"] = (channel_gains - 1).square().mean()
+    errors["loss_gains"] = ((channel_gains - 1).square() @ self.gain_shares).mean()
     total = config.white_weight * errors["loss_white"] + config.channel_gain_weight * errors["loss_gains"]
     self.optimizer_e.zero_grad()
     torch.autograd.backward([total, z, channel_gains], [None, *of_reconstruction])
