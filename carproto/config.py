@@ -146,16 +146,11 @@ class JointOptions:
     adversarial_weight: float = 0.0  # weight of the hinge losses of reconstructions; 0 scores samples alone
     white_weight: float = 0.15  # weight of the distance of the latents' mean and covariance from 0 and 1
     channel_gain_weight: float = 1.0  # weight of the channel gains' mean squared distance from 1
-    lr_map: float = 1e-3  # Adam's learning rate of the network that predicts the gain map
-    map_share: float = 0.5  # share of the photos that are reconstructed with the map
-    map_weight: float = 1.0  # weight of the map's mean square
 
     def __post_init__(self):
         _check(self, "encoder_width photo_batch", 1)
-        _check(self, "lr_e lr_linear lr_map", above=True)
-        _check(self, "pixel_weight perceptual_weight adversarial_weight white_weight channel_gain_weight map_weight")
-        if not 0 <= self.map_share <= 1:
-            raise CarprotoError(f"map_share is {self.map_share}: give a share from 0 to 1")
+        _check(self, "lr_e lr_linear", above=True)
+        _check(self, "pixel_weight perceptual_weight adversarial_weight white_weight channel_gain_weight")
         if self.encoder_width % 8:
             raise CarprotoError(f"encoder_width is {self.encoder_width}: choose a multiple of 8")
 
@@ -268,7 +263,9 @@ class InvertConfig:
 
 PHOTO_INVERSION = InvertConfig(use_channel_gains=True)  # default of pipeline, command line and studio
 # for photos, where the encoder was tuned with the generator: its channel gains are reliable, so they may move further
-STYLE_INVERSION = InvertConfig(lr=0.2, pixel_weight=5.0, use_channel_gains=True, channel_gain_weight=1.0)
+STYLE_INVERSION = InvertConfig(
+    lr=0.2, pixel_weight=20.0, use_channel_gains=True, channel_gain_weight=0.2, channel_gain_lr_share=0.5
+)
 
 # %% ../nbs/0_base/00_config.ipynb #384671ef
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def turn_left(
     device = next(G.parameters()).device
     errors = []
     for some in (images, images.flip(3)):
-        again = torch.cat([reconstruct(E, G, part.to(device), use_map=False).cpu() for part in some.split(64)])
+        again = torch.cat([reconstruct(E, G, part.to(device)).cpu() for part in some.split(64)])
         errors.append((again - some).square().mean((1, 2, 3)))
     return torch.where((errors[1] < errors[0])[:, None, None, None], images.flip(3), images)
 

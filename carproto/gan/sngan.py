@@ -64,6 +64,12 @@ class Generator(nn.Module):
         parts = channel_gains.split([math.prod(shape) for shape in self.gain_shapes], dim=1)
         return [part.view(-1, *shape) for part, shape in zip(parts, self.gain_shapes)]
 
+    def gain_shares(self) -> torch.Tensor:
+        "Return each channel gain's weight (n_channel_gains,) in a mean over channels, whatever their positions."
+        n_channels = sum(shape[0] for shape in self.gain_shapes)
+        shares = [torch.full(shape, 1 / (n_channels * math.prod(shape[1:]))) for shape in self.gain_shapes]
+        return torch.cat([share.flatten() for share in shares])
+
     def config(self) -> dict:
         "Return the arguments that build the same network again."
         return {"size": self.size, "z_dim": self.z_dim, "width": self.width}

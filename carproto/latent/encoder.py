@@ -76,7 +76,7 @@ class LatentEncoder(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.fc(self.features(images)).float()
 
-    def encode(self, images: torch.Tensor, *, use_map: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         "Return latents (N, z_dim) and channel gains, here None."
         return self(images), None
 
@@ -92,18 +92,6 @@ def _stage(n_in: int, n_out: int, stride: int, norm_layer: Callable[[int], nn.Mo
         shortcut = nn.Sequential(nn.Conv2d(n_in, n_out, 1, stride, bias=False), norm_layer(n_out))
     first = BasicBlock(n_in, n_out, stride, shortcut, norm_layer=norm_layer)
     return nn.Sequential(first, BasicBlock(n_out, n_out, norm_layer=norm_layer))
-
-
-def _map_network(size: int, n_out: int) -> nn.Sequential:
-    "Build a network from images (N, 3, size, size) to maps (N, n_out, 8, 8), which begin at 0."
-    norm_layer = partial(nn.GroupNorm, 8)
-    channels = [min(32 * 2**i, 128) for i in range((size // 8).bit_length())]
-    stages = [_stage(n_in, n_out, 2, norm_layer)[:1] for n_in, n_out in zip(channels, channels[1:])]
-    last = nn.Conv2d(channels[-1], n_out, 3, padding=1)
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
-    final = BasicBlock(channels[-1], channels[-1], norm_layer=norm_layer)
-    return nn.Sequential(nn.Conv2d(3, channels[0], 3, padding=1), *stages, final, last)
 
 # %% ../../nbs/6_latent/00_encoder.ipynb #d4b2e8f3
 _SIDE = 32  # of the image that the principal components describe, pixels
@@ -129,9 +117,6 @@ class StyleEncoder(LatentEncoder):
         for layer in (self.fc, self.to_gains):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
-            self.to_map = _map_network(size, self.channels[0])
 
     @torch.no_grad()
     def fit_projection(
@@ -154,23 +139,20 @@ class StyleEncoder(LatentEncoder):
         side = min(self.size, _SIDE)
         return F.interpolate(images.float(), size=(side, side), mode="area").flatten(1)
 
-    def encode_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        "Return latents before they are scaled (N, z_dim), a gain a channel (N, sum of channels), and the gain map."
+    def encode_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Return latents before they are scaled (N, z_dim), and channel gains (N, n_channel_gains)."
         h = self.features(images)
         with torch.autocast(images.device.type, enabled=False):
             projected = self.linear(self._shrink(images))
-        gain_map = self.to_map(images.contiguous(memory_format=torch.channels_last)).float()
-        return projected + self.fc(h).float(), 1 + self.to_gains(h).float(), gain_map
+        gains = 1 + self.to_gains(h).float()
+        first, later = gains[:, : self.channels[0]], gains[:, self.channels[0] :]
+        everywhere = first[:, :, None].expand(-1, -1, 64).flatten(1)  # the first block has 8 x 8 positions
+        return projected + self.fc(h).float(), torch.cat([everywhere, later], 1)
 
-    def join_gains(self, gains: torch.Tensor, gain_map: torch.Tensor) -> torch.Tensor:
-        "Add the map (N, C, 8, 8) to the first block's gains; return channel gains (N, n_channel_gains)."
-        first, later = gains.split([self.channels[0], sum(self.channels[1:])], dim=1)
-        return torch.cat([(first[:, :, None, None] + gain_map).flatten(1), later], 1)
-
-    def encode(self, images: torch.Tensor, *, use_map: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Return latents of norm sqrt(z_dim) (N, z_dim), and channel gains (N, n_channel_gains)."
-        z, gains, gain_map = self.encode_raw(images)
-        return self.scale(z), self.join_gains(gains, gain_map * use_map)
+        z, channel_gains = self.encode_raw(images)
+        return self.scale(z), channel_gains
 
     def scale(self, z: torch.Tensor) -> torch.Tensor:
         "Scale latents to norm sqrt(z_dim)."
@@ -244,11 +226,9 @@ def reconstruct(
     E: LatentEncoder,  # in eval mode
     G: Generator,  # whose latents it predicts, in eval mode
     images: torch.Tensor,  # float (N, 3, size, size) in [-1, 1]
-    *,
-    use_map: bool = True,  # False leaves out what differs by position among the channel gains
 ) -> torch.Tensor:  # (N, 3, size, size)
     "Generate images from their predicted latents and channel gains."
-    return G(*E.encode(images, use_map=use_map))
+    return G(*E.encode(images))
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ __all__ = ['ERROR_P99', 'Inversion', 'invert', 'find_outliers', 'tune_pivot']
 
 # %% ../../nbs/6_latent/02_invert.ipynb #a28258a8
 import copy
-import math
 import time
 from dataclasses import dataclass, fields
 
@@ -87,10 +86,7 @@ class _Refiner:
         self.z0 = z0
         self.has_gains = gains0 is not None or config.use_channel_gains
         self.gains0 = torch.ones(len(x), G.n_channel_gains, device=x.device) if gains0 is None else gains0
-        shapes = G.gain_shapes
-        share = [1 / (sum(shape[0] for shape in shapes) * shape[1] * shape[2]) for shape in shapes]
-        n_gains = torch.tensor([math.prod(shape) for shape in shapes])
-        self.gain_shares = torch.tensor(share).repeat_interleave(n_gains).to(x.device)  # each channel counts the same
+        self.gain_shares = G.gain_shares().to(x.device)
         self.G = G
         self.perceptual = perceptual
         self.config = config

@@ -93,13 +93,11 @@ class JointTrainer(Trainer):
         self.E.fit_projection(images)
         self.E.to(device=self.device, memory_format=torch.channels_last)
         self.E_ema = copy.deepcopy(self.E).requires_grad_(False)
-        of_map = list(self.E.to_map.parameters())
-        names = {id(p) for p in of_map}
-        trained = [p for p in self.E.parameters() if p.requires_grad and id(p) not in names]
-        groups = [{"params": trained, "lr": config.lr_e}, {"params": of_map, "lr": config.lr_map}]
-        self.optimizer_e = torch.optim.Adam(groups, betas=(0.9, 0.99), fused=True)
+        trained = [p for p in self.E.parameters() if p.requires_grad]
+        self.optimizer_e = torch.optim.Adam(trained, lr=config.lr_e, betas=(0.9, 0.99), fused=True)
         self.photos = ImageLoader(images, config.photo_batch, seeded(config.seed + 8), self.device)
         self.white = WhitePenalty()
+        self.gain_shares = self.G_ema.gain_shares().to(self.device)
         self.last_reconstructions = None  # of the step before, where they are scored
         self._split_optimizer()
 
@@ -121,16 +119,14 @@ class JointTrainer(Trainer):
 @patch
 def step_further(
     self: JointTrainer,
-) -> dict[str, torch.Tensor]:  # "loss_pixel", "loss_white", "loss_gains", "loss_map"; "loss_perceptual" with features
+) -> dict[str, torch.Tensor]:  # "loss_pixel", "loss_perceptual" where there are features, "loss_white", "loss_gains"
     "Reconstruct photos, step the encoder and its EMA, and add the gradients of the generator, which steps afterwards."
     config, x = self.config, self.photos.next_batch()
     self.E.train()
     self.G.eval()  # running statistics, which samples set
     with self.autocast():
-        raw, gains, gain_map = self.E.encode_raw(x)
+        raw, channel_gains = self.E.encode_raw(x)
         z = self.E.scale(raw)
-        has_map = torch.arange(len(x), device=self.device) < round(config.map_share * len(x))
-        channel_gains = self.E.join_gains(gains, gain_map * has_map[:, None, None, None])
         inputs = [value.detach().requires_grad_() for value in (z, channel_gains)]
         reconstruction = self.G(*inputs)
     errors = {"loss_pixel": F.mse_loss(reconstruction, x)}
@@ -148,9 +144,8 @@ def step_further(
         self.last_reconstructions = reconstruction.detach()
     self.G.train()
     errors["loss_white"] = self.white(z)
-    errors["loss_gains"], errors["loss_map"] = (gains - 1).square().mean(), gain_map.square().mean()
-    of_gains = config.channel_gain_weight * errors["loss_gains"] + config.map_weight * errors["loss_map"]
-    total = config.white_weight * errors["loss_white"] + of_gains
+    errors["loss_gains"] = ((channel_gains - 1).square() @ self.gain_shares).mean()
+    total = config.white_weight * errors["loss_white"] + config.channel_gain_weight * errors["loss_gains"]
     self.optimizer_e.zero_grad()
     torch.autograd.backward([total, z, channel_gains], [None, *of_reconstruction])
     self.optimizer_e.step()
@@ -186,16 +181,13 @@ def measure(
     self: JointTrainer,
     G: Generator,  # from `snapshot_ema`
     heldout: torch.Tensor | None,  # uint8 images never trained on
-) -> dict[str, float]:  # "photo_r2" of the encoder alone, and without its map, where there are held-out images
+) -> dict[str, float]:  # "photo_r2" of the encoder alone, where there are held-out images
     "Measure the inversion of held-out photos."
     if heldout is None:
         return {}
     x = to_tensor(heldout[:256]).to(self.device)
-    scores = {}
-    for name, use_map in (("photo_r2", True), ("photo_r2_without_map", False)):
-        parts = [reconstruct(self.E_ema.eval(), G, part, use_map=use_map) for part in x.split(64)]
-        scores[name] = explained_variance(torch.cat(parts), x)
-    return scores
+    reconstructions = torch.cat([reconstruct(self.E_ema.eval(), G, part) for part in x.split(64)])
+    return {"photo_r2": explained_variance(reconstructions, x)}
 
 
 @patch
