@@ -96,7 +96,7 @@ def generator_at(
 
 # %% ../../nbs/7_blend/04_recipe.ipynb #43763e34
 MAX_FRAMES = 1000  # of one blend
-MAX_BYTES = 4_000_000  # of a recipe: a thousand frames with channel gains of two cars take a tenth of it
+MAX_BYTES = 4_000_000  # of a recipe: a thousand frames with channel gains of two cars take a fifth of it
 
 
 def _read_file(path: Path) -> bytes:
