@@ -12,7 +12,7 @@ INPUTS := setup.py settings.ini $(if $(VENV_WORKS),,new_venv)
 
 help:
 	@echo "make demo       render toy cars, train, blend: runs/demo/report.html (10 minutes on two cores, offline)"
-	@echo "make test       run every check: ruff, notebooks, pytest (20 minutes at most)"
+	@echo "make test       run every check: ruff, notebooks, pytest (12 minutes on two quiet cores)"
 	@echo "make notebooks  run the notebooks and store their outputs (all, or NB=nbs/0_base/01_core.ipynb)"
 	@echo "make sync       write what is generated from the notebooks: carproto/, README.md, the docs' sidebar"
 	@echo "make docs       build the site in _docs/ (needs Quarto)"
@@ -27,7 +27,7 @@ test: .venv/.dev
 	@export OMP_NUM_THREADS=1 $(IN_VENV); failed=; \
 	echo "== ruff"; ruff check . || failed="$$failed ruff"; \
 	echo "== notebooks"; nbdev_test --n_workers 2 --timing --do_print || failed="$$failed notebooks"; \
-	echo "== pytest"; python -m pytest tests || failed="$$failed pytest"; \
+	echo "== pytest"; python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests || failed="$$failed pytest"; \
 	[ -z "$$failed" ] || { echo "make test: failed in$$failed" >&2; exit 1; }
 
 notebooks: .venv/.dev

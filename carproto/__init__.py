@@ -1,4 +1,4 @@
-"""Train SN-GANs on cars, encode photos as latents, and blend today's cars with futuristic ones.
+"""Train SN-GANs on cars, invert photos, and blend common cars with futuristic ones.
 
 The public names are imported when they are first used, so that `import carproto` costs nothing.
 """

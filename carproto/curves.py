@@ -7,6 +7,7 @@ __all__ = ['QUANTITIES', 'HEALTH', 'plot_curves', 'plot_runs']
 
 # %% ../nbs/0_base/10_curves.ipynb #30cbc8d7
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def _plot_panel(axes, label: str, curves: list[tuple[str, Sequence[dict], str]],
             low, high = zip(*((y - sd, y + sd) for y, sd in zip(ys, sds)))
             axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set_xlabel(_describe(x)[1])
-    axes.set_ylabel(label)
+    axes.set_ylabel(textwrap.fill(label, 24))
     axes.grid(True, color="#e3e6ea", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -17,8 +17,7 @@ from matplotlib.figure import Figure
 
 from .config import CarprotoError
 from .curves import QUANTITIES, plot_curves, plot_runs
-from .files import load_json
-from .run import RunFolder
+from .run import RunFolder, load_object
 from .tables import Table, escape_markdown
 
 # %% ../nbs/0_base/12_runs.ipynb #e8a2ec32
@@ -62,12 +61,7 @@ class RunRecord:
         return sorted({session["step"] for session in self.sessions if session.get("step")})
 
 # %% ../nbs/0_base/12_runs.ipynb #608dac66
-def _read_object(path: Path) -> dict:
-    "Read a JSON object."
-    value = load_json(path)
-    if not isinstance(value, dict):
-        raise CarprotoError(f"{path} holds no JSON object: copy it again from where the run was made")
-    return value
+_ADVICE = "copy it again from where the run was made"
 
 
 def _read_stats(run: RunFolder) -> tuple[list[dict], list[dict], tuple[str, ...]]:
@@ -99,10 +93,10 @@ def read_run(
     run = RunFolder(path)
     if not run.exists:
         raise CarprotoError(f"{path} holds no run: give a folder with config.json and stats.jsonl in it")
-    config = _read_object(run.path / "config.json")
+    config = load_object(run.path / "config.json", _ADVICE)
     stats, sessions, notes = _read_stats(run)
     optional = {part: run.path / f"{part}.json" for part in ("env", "data")}
-    env, data = (_read_object(path) if path.exists() else {} for path in optional.values())
+    env, data = (load_object(path, _ADVICE) if path.exists() else {} for path in optional.values())
     return RunRecord(name or run.path.resolve().name, config, stats, env, data, sessions, notes)
 
 # %% ../nbs/0_base/12_runs.ipynb #e9b04edb

@@ -14,12 +14,13 @@ defects among the best 65 and 75 %. The weights written are fitted to all labels
 
 import argparse
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from freezed import describe_command
+from _record import describe_command
 from PIL import Image, ImageFilter
 from scipy import ndimage
 from tqdm import tqdm
@@ -237,6 +238,12 @@ def optimize(net: MaskClassifier, batches: list, lr: float, weight_decay: float,
     net.eval()
 
 
+def shuffle_batches(rng: np.random.Generator, n: int, batch: int, epochs: int) -> list[np.ndarray]:
+    """Return the indices of each batch, in another order in each epoch; a rest smaller than a batch is left out."""
+    orders = [rng.permutation(n) for _ in range(epochs)]
+    return [order[start : start + batch] for order in orders for start in range(0, n - batch + 1, batch)]
+
+
 def pretrain(clean: np.ndarray, spoiled: np.ndarray, epochs: int, seed: int, batch: int = 48) -> MaskClassifier:
     """Separate photos from their spoiled copies."""
     torch.manual_seed(seed)
@@ -246,9 +253,8 @@ def pretrain(clean: np.ndarray, spoiled: np.ndarray, epochs: int, seed: int, bat
     def make(chosen: np.ndarray) -> tuple:
         return np.concatenate([clean[chosen], spoiled[chosen]]), targets, torch.ones(2 * batch)
 
-    orders = [rng.permutation(len(clean)) for _ in range(epochs)]
-    chosen = [order[start : start + batch] for order in orders for start in range(0, len(clean) - batch + 1, batch)]
-    optimize(net, [lambda one=one: make(one) for one in chosen], 3e-3, 1e-2, seed)
+    batches = shuffle_batches(rng, len(clean), batch, epochs)
+    optimize(net, [partial(make, chosen) for chosen in batches], 3e-3, 1e-2, seed)
     return net
 
 
@@ -272,9 +278,8 @@ def fit_labels(
         weights = torch.cat([certain[chosen], torch.full((2 * n_mixed,), 0.35)])
         return inputs, torch.cat([targets[chosen], mixed]), weights
 
-    orders = [rng.permutation(len(x)) for _ in range(epochs)]
-    chosen = [order[start : start + n] for order in orders for start in range(0, len(x) - n + 1, n)]
-    optimize(fitted, [lambda one=one: make(one) for one in chosen], 1.5e-3, 2e-2, seed)
+    batches = shuffle_batches(rng, len(x), n, epochs)
+    optimize(fitted, [partial(make, chosen) for chosen in batches], 1.5e-3, 2e-2, seed)
     return fitted
 
 

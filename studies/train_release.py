@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import release  # noqa: E402
 
 from carproto.app import commands, latent_commands
-from carproto.app.options import Encode, Evaluate, Finetune, Subspace, Train
+from carproto.app.options import Evaluate, Finetune, Subspace, Train, TrainEncoder
 from carproto.config import CarprotoError, EncoderConfig, FinetuneConfig, TrainConfig
 from carproto.files import load_json
 from carproto.run import RunFolder
@@ -142,7 +142,7 @@ class Stages:
         if not RunFolder(self.folder / stage).exists:
             commands.subspace(Subspace(self.path(source), self.path(stage), z_dim, like and self.path(like)))
 
-    def encode(self, stage: str, common: str, futuristic: str, steps: int) -> None:
+    def train_encoder(self, stage: str, common: str, futuristic: str, steps: int) -> None:
         """Train the encoder of the pair."""
         text = self.text
         photos = {
@@ -153,7 +153,8 @@ class Stages:
         }
         config = EncoderConfig(width=32, steps=steps, seed=text.seed)
         run = {"run": self.path(stage), "max_minutes": self.minutes_left()}
-        latent_commands.encode(Encode(self.path(common), self.path(futuristic), config=config, **photos, **run))
+        options = TrainEncoder(self.path(common), self.path(futuristic), config=config, **photos, **run)
+        latent_commands.train_encoder(options)
         self.check_done(stage, "encoder", steps)
 
     def measure(self, stage: str, heldout: str, train: str) -> None:
@@ -171,7 +172,7 @@ class Stages:
         self.finetune("futuristic_settled", "common_settled", n_concept)
         self.shorten("common", "common_settled", last)
         self.shorten("futuristic", "futuristic_settled", last, like="common")
-        self.encode("encoder", "common", "futuristic", n_encoder)
+        self.train_encoder("encoder", "common", "futuristic", n_encoder)
         self.measure("common", text.heldout, text.data)
         self.measure("futuristic", text.concepts_heldout, text.concepts)
         parts = [word for part in ("common", "futuristic", "encoder") for word in (f"--{part}", self.path(part))]

@@ -108,9 +108,9 @@ def test_help_is_to_the_point(name, option, words, capsys):
 
 
 def test_every_default_is_the_dataclass_of_its_stage():
-    assert parse(["train"]).config == TrainConfig() and parse(["encode"]).config == EncoderConfig()
+    assert parse(["train"]).config == TrainConfig() and parse(["train_encoder"]).config == EncoderConfig()
     assert parse(["finetune"]).config == FinetuneConfig()
-    assert parse(["encode"]).refine == parse(["blend", "seed:1", "seed:2"]).refine == PHOTO_INVERSION
+    assert parse(["encode", "cars"]).refine == parse(["blend", "seed:1", "seed:2"]).refine == PHOTO_INVERSION
     assert parse(["demo"]).plan == DemoPlan()
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from carproto.app.cli import main
 from carproto.config import TrainConfig
 from carproto.gan.losses import hinge_generator
 from carproto.gan.trainer import Trainer
@@ -71,43 +72,42 @@ def test_two_processes_learn_what_one_with_the_whole_batch_learns(tmp_path):
     assert any(value.abs().max() > 1e-3 for name, value in expected.items() if name.startswith("G."))
 
 
-def train(folder: Path, run: str, *options: str) -> subprocess.CompletedProcess:
-    """Run the training command as two processes."""
-    tiny = "--size 16 --width 4 --batch 8 --report-every 4 --device cpu".split()
-    line = [*LAUNCHER, BIN / "carproto", "train", "--data", folder / "cars", "--run", run, *tiny, *options]
-    return subprocess.run(line, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+SESSIONS = """
+import sys
+from carproto.app.cli import main
+for line in sys.argv[1:]:
+    status = main(line.split())
+sys.exit(status)
+"""
+TINY = "--size 16 --width 4 --batch 8 --report-every 4 --device cpu"
 
 
-def test_two_processes_write_one_run_and_resume_exactly(tmp_path):
+def launch(folder: Path, *line: object) -> subprocess.CompletedProcess:
+    """Run a program as two processes."""
+    return subprocess.run(
+        [*LAUNCHER, *line], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_two_processes_write_one_run_and_resume_exactly(tmp_path, monkeypatch, capsys):
+    """One launch trains two runs, and ends in a mistake; the installed command resumes one in another launch."""
     ToyCars(40, 16, seed=2).save(tmp_path / "cars")
-    for run, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
-        done = train(tmp_path, run, "--steps", str(steps))
-        assert done.returncode == 0, done.stderr[-2000:]
+    (tmp_path / "sessions.py").write_text(SESSIONS)
+    runs = {"whole": "--steps 8", "parts": "--steps 4", "uneven": "--steps 4 --batch 7"}
+    lines = [f"train --data cars --run {run} {TINY} {options}" for run, options in runs.items()]
+    first = launch(tmp_path, tmp_path / "sessions.py", *lines)
+    assert first.returncode != 0 and "multiple of 2" in first.stderr, first.stderr[-2000:]
+    second = launch(tmp_path, BIN / "carproto", *lines[1].replace("--steps 4", "--steps 8").split())
+    assert second.returncode == 0, second.stderr[-2000:]
     whole, parts = (load_file(tmp_path / run / "final" / "model.safetensors") for run in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     steps = [json.loads(row)["step"] for row in (tmp_path / "whole" / "stats.jsonl").read_text().splitlines()]
     assert steps == [4, 8]
     sessions = [json.loads(row) for row in (tmp_path / "parts" / "sessions.jsonl").read_text().splitlines()]
     assert [(row["step"], row["n_processes"]) for row in sessions] == [(0, 2), (4, 2)]
-    alone = subprocess.run(
-        [
-            BIN / "carproto",
-            "train",
-            "--data",
-            tmp_path / "cars",
-            "--run",
-            "parts",
-            *"--size 16 --width 4 --batch 8 --steps 9".split(),
-        ],
-        cwd=tmp_path,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert alone.returncode == 2 and "trained by 2 processes" in alone.stderr
-    uneven = train(tmp_path, "uneven", "--steps", "4", "--batch", "7")
-    assert uneven.returncode != 0 and "multiple of 2" in uneven.stderr
+    monkeypatch.chdir(tmp_path)
+    alone = main("train --data cars --run parts --size 16 --width 4 --batch 8 --steps 9".split())
+    assert alone == 2 and "trained by 2 processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

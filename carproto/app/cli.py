@@ -27,6 +27,7 @@ from carproto.app.options import (
     Studio,
     Subspace,
     Train,
+    TrainEncoder,
 )
 from ..config import CarprotoError
 
@@ -39,6 +40,7 @@ COMMANDS = {  # sub-command: dataclass of its options
     "train": Train,
     "finetune": Finetune,
     "subspace": Subspace,
+    "train_encoder": TrainEncoder,
     "encode": Encode,
     "blend": Blend,
     "evaluate": Evaluate,
@@ -97,6 +99,7 @@ def run(
         Train: commands.train,
         Finetune: commands.finetune,
         Subspace: commands.subspace,
+        TrainEncoder: latent_commands.train_encoder,
         Encode: latent_commands.encode,
         Blend: latent_commands.blend,
         Evaluate: commands.evaluate,

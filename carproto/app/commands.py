@@ -23,7 +23,7 @@ from ..data.curate import curate as curate_photos
 from ..data.frames import find_aligner
 from ..data.heldout import open_both, open_unseen
 from ..data.masks import Aligner
-from ..data.views import KEPT_VIEWS, load_view_classifier
+from ..data.views import ACCEPTED_VIEWS, load_view_classifier
 from ..eval.features import FeatureExtractor, feature_extractor
 from ..eval.metrics import Evaluator
 from ..files import load_json, save_json
@@ -87,7 +87,7 @@ def scrape(
 # %% ../../nbs/8_app/31_commands.ipynb #8b5b6403
 def _mirrored_views(options: Curate) -> tuple[str, ...] | None:
     "Return the accepted views; with alignment, right joins left, since it is mirrored to left."
-    views = options.views or (KEPT_VIEWS if options.align else None)
+    views = options.views or (ACCEPTED_VIEWS if options.align else None)
     return (*views, "right") if options.align and "left" in views and "right" not in views else views
 
 
@@ -219,7 +219,7 @@ def finetune(
     options = replace(options, fit=options.fit or parent.fit)
     images, shared = _open_training(options, parent.size, _feature_net(options.source))
     result = finetune_freezed(options.source, images, options.run, **options.config.changes(), **shared)
-    _print_result(result, f"carproto encode --common {quote(options.source)} --futuristic {quote(options.run)}")
+    _print_result(result, f"carproto train_encoder --common {quote(options.source)} --futuristic {quote(options.run)}")
 
 # %% ../../nbs/8_app/31_commands.ipynb #e08ff702
 def subspace(

@@ -161,7 +161,8 @@ def _inversion_section(pictures: dict[str, Path], numbers: dict) -> Section:
     return Section(
         "Inversion of held-out cars",
         "Held-out cars, their reconstruction from the encoder's latent, and the same after refinement. "
-        f"The encoder explains {r2:.0%} of the variance of held-out latents and {image_r2:.0%} of their images'.",
+        f"The encoder explains {r2:.0%} of the variance of held-out latents. Of the variance of their images it "
+        f"explains {image_r2:.0%}.",
         [
             Figure(pictures["inverted_common"], "Three rows: held-out common cars, encoded, refined"),
             Figure(pictures["inverted_futuristic"], "Three rows: held-out futuristic cars, encoded, refined"),
@@ -174,10 +175,11 @@ def _metrics_section(pictures: dict[str, Path], numbers: dict) -> Section:
     "Show the metrics of both generators beside those of real cars."
     kinds = ("common", "futuristic")
     rows = []
+    labels = {"steps": "generator steps", "kid": "KID", "kid_sd": "KID, standard deviation", "copy_rate": "copy rate"}
     for name in ("steps", "kid", "kid_sd", "coverage", "precision", "recall", "copy_rate", "futurism"):
         generated = [numbers[kind][name] for kind in kinds]
         real = [numbers[kind]["real"].get(name) for kind in kinds]
-        rows.append([name, *generated, *real])
+        rows.append([labels.get(name, name), *generated, *real])
     n = numbers["common"]["n_real"]
     return Section(
         "Metrics",

@@ -214,7 +214,7 @@ def show_strip(self: StudioPanel, path: FrameCache) -> None:
 
 @patch
 def show_curves(self: StudioPanel, measured: dict, i: int, labels: Sequence[float]) -> None:
-    "Draw the measured curves and mark frame `i`."
+    "Plot the measured curves and mark frame `i`."
     n = len(labels)
     self.curves.value = svg_curves(measured, n, i, intensity=labels[i], n_strip=len(evenly_spaced(n)))
 

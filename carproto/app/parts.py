@@ -234,7 +234,7 @@ def save_parts(
     "Write all parts, so that `load_release` reads them back; raise `CarprotoError` for a part without a file."
     for part, source in (("perceptual", parts.metric_source), ("futurism", parts.futurism_source)):
         if getattr(parts, part) is not None and source is None:
-            text = f"the {part} of this pipeline was made by hand and cannot be exported"
+            text = f"the {part} of this pipeline was made by hand and cannot be saved"
             raise CarprotoError(f"{text}: set {part} to None first")
     folder = Path(folder).expanduser()
     about = {"fit": parts.fit} | ({} if parts.frame is None else {"frame": parts.frame})

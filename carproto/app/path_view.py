@@ -75,7 +75,7 @@ def show(self: PathView) -> None:
 
 @patch
 def mark(self: PathView) -> None:
-    "Draw the curves and mark the frame on view."
+    "Plot the curves and mark the frame on view."
     self.panel.show_curves(self.path.measured, self.index, self.path.recipe.labels)
 
 # %% ../../nbs/8_app/13_path_view.ipynb #b1d80120
@@ -119,16 +119,17 @@ def _fill(self: PathView, path: BlendPath, batch: int, low: float, high: float) 
 @patch
 def _calibrate(self: PathView, path: BlendPath, keep: str | None) -> Iterator[None]:
     "Return the calibrated path; the bar goes on by less with each piece, since their number is not known."
-    found, share = [], 0.4
+    calibrations = []
+    share = 0.4
 
     def calibrate() -> Iterator[None]:
-        found.append((yield from self.cars.pipeline.calibrate_recipe(path.recipe, keep)))
+        calibrations.append((yield from self.cars.pipeline.calibrate_recipe(path.recipe, keep)))
 
     for _ in calibrate():
         share += 0.03 * (0.6 - share)
         self.panel.show_progress(share)
         yield
-    calibration = found[0]
+    calibration = calibrations[0]
     if not calibration.rises and not self.panel.message.value:
         self.panel.show_message(NOT_RISING)
     return BlendPath(calibration(path.recipe), self.cars.pipeline)

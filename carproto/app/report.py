@@ -112,7 +112,12 @@ thead th { font-size: 14px; color: var(--soft); font-weight: 500; vertical-align
 tbody th { font-weight: 500; }
 th:last-child, td:last-child { padding-right: 0; } tbody tr:last-child > * { border-bottom: 0; }
 footer { color: var(--soft); font-size: 14px; padding-top: 48px; padding-bottom: 56px; }
-@media (max-width: 720px) { .items > .narrow { grid-column: 1 / -1; } }
+@media (max-width: 720px) {
+  .items > .narrow { grid-column: 1 / -1; }
+  .plate { overflow-x: auto; } .wide .plate { text-align: left; }
+  .wide .plate img { max-width: 680px; }
+  table { font-size: 15px; } th, td { padding-right: 12px; } .scroll { padding: 8px 14px 14px; }
+}
 """
 
 _SLIDER_STYLE = """
@@ -159,7 +164,8 @@ _SLIDER_STYLE = """
 # %% ../../nbs/8_app/06_report.ipynb #e5c2696f
 _TEMPLATE = """
 {%- macro figure(item) -%}
-<figure class="{{ 'wide' if item.width > 520 else 'narrow' }}"><div class="plate">
+<figure class="{{ 'wide' if item.width > 520 else 'narrow' }}">
+<div class="plate"{% if item.width > 520 %} role="region" aria-label="figure" tabindex="0"{% endif %}>
 <img src="{{ item.url }}" width="{{ item.width }}" height="{{ item.height }}" alt="{{ item.alt }}"></div>
 {% if item.caption %}<figcaption>{{ item.caption }}</figcaption>{% endif %}</figure>
 {%- endmacro -%}

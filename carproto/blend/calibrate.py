@@ -40,11 +40,11 @@ class Calibration:
         extrapolate: bool = False,  # allow labels outside [0, 1], which map to themselves
     ) -> BlendRecipe:  # with calibrated intensities
         "Set a recipe's intensities; raise `CarprotoError` for labels outside [0, 1], unless extrapolation is on."
-        found = self.plan(recipe.labels, extrapolate=extrapolate)
+        planned = self.plan(recipe.labels, extrapolate=extrapolate)
         if self.keep is not None:
             moved = "generator" if self.keep == "latent" else "latent"
-            return replace(recipe, **{moved: found.tolist()})
-        latent, generator = found
+            return replace(recipe, **{moved: planned.tolist()})
+        latent, generator = planned
         return replace(recipe, latent=latent.tolist(), generator=generator.tolist())
 
 # %% ../../nbs/7_blend/05_calibrate.ipynb #6044a045
@@ -74,8 +74,8 @@ def calibrate_in_pieces(
         return replace(recipe, latent=w, generator=generator.tolist(), labels=w).generate(*generators)
 
     def generate_kept(raw: torch.Tensor) -> torch.Tensor:
-        kept = _values_at(getattr(recipe, keep), recipe.labels, raw)
-        return generate(kept, raw) if keep == "latent" else generate(raw, kept)
+        fixed = _values_at(getattr(recipe, keep), recipe.labels, raw)
+        return generate(fixed, raw) if keep == "latent" else generate(raw, fixed)
 
     yield
     if keep is None:

@@ -37,7 +37,7 @@ class AlignConfig:
         "front-left",
         "front-right",
         "right",
-    )  # accepted views, those of `KEPT_VIEWS` and right, which is mirrored; a photo without a view passes
+    )  # accepted views, those of `ACCEPTED_VIEWS` and right, which is mirrored; a photo without a view passes
     aspect: float | None = (
         None  # width by height of the photo when it was taken, 0.5 to 3; None means that it was not squashed
     )

@@ -25,7 +25,7 @@ from .masks import Aligner
 from .metadata import list_manifests
 from .picture_sets import ENOUGH_PIXELS, KnownRows, PictureSet, read_rows, without_verdict, write_rows
 from .store import list_folder
-from .views import KEPT_VIEWS, VIEWS
+from .views import ACCEPTED_VIEWS, VIEWS
 from ..files import lock_folder, read_file, save_json
 from ..images import decoded_picture, fit_square
 from ..scrape.manifest import list_reasons
@@ -36,7 +36,7 @@ def curate(
     folder: str | Path,  # searched with its subfolders; verdicts go to its metadata.jsonl
     *,
     classify_view: Callable | None = None,  # images (N, 3, 128, 128) to probabilities (N, 8); None predicts none
-    views: Sequence[str] = KEPT_VIEWS,  # views that stay
+    views: Sequence[str] = ACCEPTED_VIEWS,  # views that stay
     min_confidence: float = 0.5,  # least probability of `views`, 0 to 1, see `choose_confidence`
     quality: dict | None = None,  # options of `assess_quality`
     against: str | Path | Sequence[str | Path] = (),  # other folders or zips that must share no picture with this one

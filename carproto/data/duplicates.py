@@ -142,9 +142,9 @@ def _pair_members(pairs: np.ndarray, kind: np.ndarray, n_most: int = 16) -> np.n
 def _trimmed_hashes(thumbnails: np.ndarray, share: float = 0.05) -> np.ndarray:
     "Hash thumbnails without a rim, as `hash_pictures` would, but many at once."
     box = (32 * share, 0, 32 * (1 - share), 32)
-    identity = Image.fromarray(np.eye(32, dtype=np.float32))  # resized, it becomes the matrix that resizes
+    unit_matrix = Image.fromarray(np.eye(32, dtype=np.float32))  # resized, it becomes the matrix that resizes
     weights = np.float32([0.299, 0.587, 0.114])
-    to_nine, to_eight = (np.asarray(identity.resize((n, 32), Image.Resampling.LANCZOS, box)) for n in (9, 8))
+    to_nine, to_eight = (np.asarray(unit_matrix.resize((n, 32), Image.Resampling.LANCZOS, box)) for n in (9, 8))
     bits = np.empty((len(thumbnails), 128), dtype=bool)
     for k in range(0, len(thumbnails), 1024):  # so many stay in the processor's cache
         grey = np.tensordot(weights, thumbnails[k : k + 1024], (0, 1))

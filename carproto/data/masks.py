@@ -247,7 +247,7 @@ def turn_toy(
 
 
 @patch
-def draw_toy(
+def render_toy(
     self: Aligner,
     factors: CarFactors,  # of a toy car
     size: int,  # side in pixels

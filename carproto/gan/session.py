@@ -51,8 +51,8 @@ def check_same(
     allow_changes: bool = False,  # resume with changed options where that is possible
 ) -> list[str]:  # each changed option as "name old -> new"
     "Raise `CarprotoError` when a run would resume with other options or other images; more steps are welcome."
-    # an option newer than the run has its default
-    old = {**asdict(TrainConfig()), **run.config(), **run.data()}
+    # an option newer than the run has the default of its kind of training
+    old = {**asdict(type(config)()), **run.config(), **run.data()}
     new = {**asdict(config), **data}
     changed = [name for name, value in new.items() if old.get(name) != value and name not in _RESUMABLE]
     difference = [f"{name} {old.get(name)!r} -> {new[name]!r}" for name in changed]

@@ -205,9 +205,9 @@ def init_from_parent(
     parent: dict,  # a checkpoint of `train_gan`, of a joint run, or its weights alone
 ) -> None:
     "Take networks, EMA and moments from a parent run; the encoder too, where it has one."
-    own = self.state_dict()
-    encoder = {name: parent.get(name, own[name]) for name in ("E", "E_ema", "optimizer_e", "white")}
-    Trainer.init_from_parent(self, {**parent, **encoder, "photos": own["photos"]})
+    state = self.state_dict()
+    encoder = {name: parent.get(name, state[name]) for name in ("E", "E_ema", "optimizer_e", "white")}
+    Trainer.init_from_parent(self, {**parent, **encoder, "photos": state["photos"]})
 
 
 @patch

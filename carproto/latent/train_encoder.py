@@ -160,7 +160,8 @@ def load_state_dict(
         raise CarprotoError("the checkpoint is not of an encoder's training: choose another name for the run")
     if state["generator"] != self.E.generator:
         raise CarprotoError("this run's encoder was trained for another generator: choose another name for the new one")
-    changed = [k for k, v in asdict(self.config).items() if state["config"].get(k) != v and k != "report_every"]
+    old = {**asdict(EncoderConfig()), **state["config"]}  # an option newer than the run has its default
+    changed = [name for name, value in asdict(self.config).items() if old[name] != value and name != "report_every"]
     if changed:
         text = f"the run was started with another {', '.join(changed)}"
         raise CarprotoError(f"{text}: use the same, or choose another name")

@@ -16,7 +16,7 @@ from pathlib import Path
 from urllib.parse import parse_qs, quote, urlencode, urlsplit
 
 from ..config import CarprotoError
-from ..files import import_extra
+from ..files import import_extra, read_file
 from .fetch import Fetcher
 from .html import parse_html
 from .manifest import PhotoRecord
@@ -185,21 +185,7 @@ def render_page(
     return page
 
 # %% ../../nbs/2_scrape/09_google.ipynb #9a30214c
-_MAX_SAVED = 30_000_000  # characters of a saved page, which holds its thumbnails
-
-
-def _read_saved(path: str | Path) -> str:
-    "Read a page that a browser saved."
-    try:
-        if not Path(path).is_file():
-            raise CarprotoError(f"there is no saved page at {path}")
-        with open(path, encoding="utf-8", errors="replace") as saved:
-            text = saved.read(_MAX_SAVED + 1)
-    except OSError as error:
-        raise CarprotoError(f"cannot read {path}: {error.strerror}") from error
-    if len(text) > _MAX_SAVED:
-        raise CarprotoError(f"{path} is longer than {_MAX_SAVED} characters: save the result page alone")
-    return text
+_MAX_SAVED = 30_000_000  # bytes of a saved page, which holds its thumbnails
 
 
 def search_google(
@@ -214,7 +200,7 @@ def search_google(
     url = f"{base_url}/search?{urlencode({'q': query, 'udm': 2}, quote_via=quote)}"
     try:
         if page is not None:
-            text = _read_saved(page)
+            text = read_file(page, _MAX_SAVED).decode("utf-8", "replace")
         elif browser:
             text = render_page(url, browser=browser, allowed=fetcher.allowed)
         else:

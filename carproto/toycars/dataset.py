@@ -45,7 +45,7 @@ class ToyCars(torch.utils.data.Dataset):
         self.factors = [sample_factors(seed, i, futurism) for i in range(start, start + n)]
         if align:
             self.factors = [align.turn_toy(f) for f in self.factors]
-        render = align.draw_toy if align else render_car
+        render = align.render_toy if align else render_car
         rendered = [render(f, size) for f in tqdm(self.factors, desc="rendering", disable=not progress)]
         self.images = torch.from_numpy(np.stack([image for image, _ in rendered])).permute(0, 3, 1, 2).contiguous()
         self.masks = torch.from_numpy(np.stack([mask for _, mask in rendered]))
