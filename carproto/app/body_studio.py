@@ -15,7 +15,7 @@ import ipywidgets as widgets
 import torch
 from fastcore.basics import patch
 
-from .body import describe_attribute, edit_recipe, find_body, fit_body
+from .body import describe_attribute, edit_recipe, find_body, fit_body, restore_recipe
 from .car_list import CarList
 from .pipeline import CarPipeline
 from .studio import IntensityStudio
@@ -119,19 +119,20 @@ def load(
 ) -> None:
     "Show the blend of a recipe, and set the sliders to its edits."
     recipe = source if isinstance(source, BlendRecipe) else load_recipe(source)
-    edits = recipe.edits or {"amounts": {}, "z_a": recipe.z_a, "z_b": recipe.z_b}
-    unknown = sorted(set(edits["amounts"]) - set(self.body))
+    amounts = {} if recipe.edits is None else recipe.edits["amounts"]
+    unknown = sorted(set(amounts) - set(self.body))
     if unknown:
         names = ", ".join(unknown)
         raise CarprotoError(f"this recipe edits {names}, which this studio cannot: open it with its own editor")
     with self._lock:
         with self.without_events():
             self._move_sliders({})
-        super(BodyStudio, self).load(replace(recipe, z_a=edits["z_a"], z_b=edits["z_b"], edits=None))
+        super(BodyStudio, self).load(restore_recipe(recipe))
         if recipe.edits is not None:
             with self.without_events():
-                self._move_sliders(edits["amounts"])
-            self.new_path(replace(self.path.recipe, z_a=recipe.z_a, z_b=recipe.z_b, edits=recipe.edits))
+                self._move_sliders(amounts)
+            ends = ("z_a", "z_b", "channel_gains_a", "channel_gains_b", "edits")
+            self.new_path(replace(self.path.recipe, **{name: getattr(recipe, name) for name in ends}))
 
 # %% ../../nbs/8_app/17_body_studio.ipynb #73332f6c
 def open_body_studio(

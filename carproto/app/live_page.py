@@ -29,7 +29,16 @@ from ..blend.speed import plan_speed
 from ..config import CarprotoError
 from ..core import sample_latents
 from ..files import atomic_path, cache_folder, save_json
-from ..latent.edit import DAMPING, MIN_RESPONSE, N_STEPS, LatentEditor, save_editor
+from carproto.latent.edit import (
+    DAMPING,
+    GAIN_UNIT,
+    MAX_STEP,
+    N_ROUNDS,
+    N_STEPS,
+    TOLERANCE,
+    LatentEditor,
+    save_editor,
+)
 from ..releases import hash_file
 from ..weights import find_weights
 
@@ -94,15 +103,19 @@ def _describe_editor(editor: LatentEditor) -> dict:
     layers = [layer for layer in editor.net if isinstance(layer, torch.nn.Linear)]
     numbers = torch.cat([part.detach().flatten() for layer in layers for part in (layer.weight, layer.bias)]).numpy()
     columns = {name: getattr(editor, name).tolist() for name in ("mean", "spread", "low", "high")}
-    columns["response"] = editor.response.clamp_min(MIN_RESPONSE).tolist()
     return {
         "names": list(editor.names),
         "editable": list(editor.editable),
         "shown": [asdict(describe_attribute(name)) for name in editor.names],
         "sizes": [layers[0].in_features, *(layer.out_features for layer in layers)],
         "weights": base64.b64encode(numbers.astype("<f4").tobytes()).decode(),
+        "z_dim": editor.z_dim,
+        "gain_unit": GAIN_UNIT,
         "steps": N_STEPS,
+        "rounds": N_ROUNDS,
         "damping": DAMPING,
+        "max_step": MAX_STEP,
+        "tolerance": TOLERANCE,
         **columns,
     }
 
