@@ -28,6 +28,7 @@ from ..blend.onnx_graph import OPSET, compare_with_pytorch, write_graph
 from ..blend.speed import plan_speed
 from ..config import CarprotoError
 from ..core import sample_latents
+from ..data.align import config_from_frame
 from ..files import atomic_path, cache_folder, save_json
 from carproto.latent.edit import (
     DAMPING,
@@ -93,6 +94,7 @@ def describe_pair(
         "path": dict(path or average_path(pipeline)),
         "start": [pipeline.seed, pipeline.seed + 1],
         "editor": editor and _describe_editor(editor),
+        "background": pipeline.frame and list(config_from_frame(pipeline.frame).background),
         "card": card,
         "latents": base64.b64encode(latents.astype("<f4").tobytes()).decode(),
     }
@@ -204,7 +206,7 @@ def _read_runtime(source: Path, name: str) -> bytes:
 # %% ../../nbs/8_app/34_live_page.ipynb #e73a9032
 _IS_MODULE = "__file__" in globals()  # not so in a notebook
 _FILES = Path(__file__).parent / "live" if _IS_MODULE else Path("../../carproto/app/live")  # of the page
-PAGE_FILES = ("index.html", "page.css", "page.js", "model.js", "worker.js")
+PAGE_FILES = ("index.html", "page.css", "page.js", "model.js", "measure.js", "worker.js")
 
 
 def write_page(

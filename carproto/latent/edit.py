@@ -50,7 +50,7 @@ def latent_check(
     def check(z: torch.Tensor, channel_gains: torch.Tensor) -> torch.Tensor:
         device = next(G.parameters()).device
         rows = []
-        for part, gains in zip(z.split(100), channel_gains.split(100)):
+        for part, gains in zip(z.split(25), channel_gains.split(25)):
             values = measure(G(part.to(device), gains.to(device)))
             rows.append(torch.stack([values[name].float().cpu() for name in names], 1))
         return torch.cat(rows)
@@ -187,7 +187,7 @@ def _reach(self: LatentEditor, x: torch.Tensor, start: torch.Tensor, goal: torch
         reached = self.standardise(moved)
         jacobian = _update(jacobian, moved - best, reached - at_best)
         error = (goal - reached).square().sum(1).nan_to_num(torch.inf)
-        is_better = error < least
+        is_better = (error < least) & (least >= TOLERANCE**2)  # each car for itself, whatever the batch
         least = torch.minimum(error, least)
         best = torch.where(is_better[:, None], moved, best)
         at_best = torch.where(is_better[:, None], reached, at_best)

@@ -1,6 +1,6 @@
 // The page: state, controls and canvases. The graph runs in worker.js.
 
-import { applyEdits, decodeEditor, decodeLatents, intensitiesAt, PageError, parseRecipe, writeRecipe } from './model.js';
+import { decodeEditor, decodeLatents, intensitiesAt, measureEdit, PageError, parseRecipe, predictEdit, writeRecipe } from './model.js';
 
 const N_FRAMES = 9;
 const find = (selector) => document.querySelector(selector);
@@ -55,20 +55,43 @@ function paint(canvas, pixels) {
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
-let edited = { key: null };
+// The cars as they are shown: edited as predicted while a slider moves, corrected by measuring when it rests.
+let edited = null; // {a, b}
+let correction = null; // yields cars to measure
 
-function editCars() {
-  const key = JSON.stringify([state.a.z, state.b.z, state.edits]);
-  if (key === edited.key) return edited;
-  const [a, b] = [state.a, state.b].map((car) => applyEdits(car.z, state.edits, pair.editor));
-  edited = { key, z_a: a.z, z_b: b.z };
-  showClamped([...new Set([...a.clamped, ...b.clamped])]);
-  return edited;
+function* correctBoth({ a, b }, edits) {
+  return { a: yield* measureEdit(a, edits, pair.editor), b: yield* measureEdit(b, edits, pair.editor) };
+}
+
+function setEdited(cars) {
+  edited = cars;
+  showClamped([...new Set([...cars.a.clamped, ...cars.b.clamped])]);
+}
+
+function editCars(isFinal) {
+  const edits = { ...state.edits };
+  setEdited({ a: predictEdit(state.a, edits, pair.editor), b: predictEdit(state.b, edits, pair.editor) });
+  const isEdited = Object.values(edits).some((amount) => amount !== 0);
+  correction = isFinal && isEdited && pair.background ? { steps: correctBoth(state, edits), values: undefined } : null;
+}
+
+async function correct() {
+  const { steps, values } = correction;
+  const current = correction;
+  const { value, done } = steps.next(values);
+  if (done) {
+    correction = null;
+    setEdited(value);
+    showFrames();
+    stageSince ??= performance.now();
+    return;
+  }
+  current.values = await ask({ type: 'measure', car: { z: value.z, gains: value.gains } });
 }
 
 function inputsAt(position) {
-  const { z_a, z_b } = editCars();
-  return { z_a, z_b, ...intensitiesAt(state.path, position), levels: state.levels, gains_a: state.a.gains, gains_b: state.b.gains };
+  const { a, b } = edited;
+  return { z_a: a.z, z_b: b.z, ...intensitiesAt(state.path, position), levels: state.levels, gains_a: a.gains, gains_b: b.gains };
 }
 
 const generate = (position) => ask({ type: 'generate', inputs: inputsAt(position) });
@@ -84,7 +107,7 @@ async function work() {
   isBusy = true;
   document.body.dataset.state = 'busy';
   try {
-    while (stageSince !== null || stripQueue.length) {
+    while (stageSince !== null || correction || stripQueue.length) {
       if (stageSince !== null) {
         const since = stageSince;
         stageSince = null;
@@ -95,6 +118,8 @@ async function work() {
         shared.latencies.push(performance.now() - since);
         shared.first ??= performance.now();
         shared.ready = true;
+      } else if (correction) {
+        await correct();
       } else {
         const queue = stripQueue;
         const i = queue.shift();
@@ -113,6 +138,10 @@ async function work() {
   }
 }
 
+async function rest() {
+  while (isBusy) await new Promise((resolve) => { setTimeout(resolve, 20); });
+}
+
 function showStage() {
   stageSince ??= performance.now();
   const text = state.position.toFixed(2);
@@ -124,8 +153,13 @@ function showStage() {
   work();
 }
 
-function showAll() {
+function showFrames() {
   stripQueue = [0, N_FRAMES - 1, ...Array.from({ length: N_FRAMES - 2 }, (_, i) => i + 1)];
+}
+
+function showAll(isEditing = true) {
+  if (isEditing) editCars(true);
+  showFrames();
   for (const end of document.querySelectorAll('.end')) {
     const name = state[end.dataset.end].name.replace('seed:', 'car ');
     end.querySelector('[data-name]').textContent = name;
@@ -168,8 +202,10 @@ async function openRecipe(file) {
   if (file.size > 4_000_000) throw new PageError('This file is larger than 4 MB: open a recipe.json that carproto wrote.');
   const recipe = parseRecipe(await file.text(), pair);
   const { edits } = recipe;
-  state.a = { z: edits?.z_a ?? recipe.z_a, gains: recipe.channel_gains_a ?? null, name: recipe.car_a || 'car of the recipe' };
-  state.b = { z: edits?.z_b ?? recipe.z_b, gains: recipe.channel_gains_b ?? null, name: recipe.car_b || 'car of the recipe' };
+  const carsOf = (source) => ['a', 'b'].map((end) => ({
+    z: source[`z_${end}`], gains: source[`channel_gains_${end}`] ?? null, name: recipe[`car_${end}`] || 'car of the recipe', clamped: [],
+  }));
+  [state.a, state.b] = carsOf(edits ?? recipe);
   state.edits = { ...edits?.amounts };
   state.levels = recipe.levels ?? null;
   if (recipe.labels.length > 1) {
@@ -181,7 +217,10 @@ async function openRecipe(file) {
   say('The recipe is open.');
   state.position = Math.min(1, Math.max(0, recipe.labels[recipe.shown ?? Math.floor(recipe.labels.length / 2)]));
   slider.value = state.position;
-  showAll();
+  const [a, b] = carsOf(recipe);
+  correction = null;
+  setEdited({ a, b });
+  showAll(false);
 }
 
 // body sliders
@@ -221,9 +260,10 @@ function showEdits() {
     input.addEventListener('input', () => {
       state.edits[name] = Number(input.value) * half;
       update();
+      editCars(false);
       showStage();
     });
-    input.addEventListener('change', showAll);
+    input.addEventListener('change', () => showAll());
     update();
     row.append(label, output, input, limit);
     return row;
@@ -273,8 +313,9 @@ function connect() {
     showAll();
   });
   find('#png').addEventListener('click', () => find('#stage').toBlob((blob) => saveFile(`car_${state.position.toFixed(2)}.png`, blob)));
-  find('#save').addEventListener('click', () => {
-    saveFile('recipe.json', new Blob([JSON.stringify(writeRecipe(state, pair), null, 2)], { type: 'application/json' }));
+  find('#save').addEventListener('click', async () => {
+    await rest();
+    saveFile('recipe.json', new Blob([JSON.stringify(writeRecipe(state, edited, pair), null, 2)], { type: 'application/json' }));
   });
   find('#load').addEventListener('click', () => find('#file').click());
   find('#file').addEventListener('change', async ({ target }) => {
