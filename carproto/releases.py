@@ -141,6 +141,10 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
         "model.safetensors": "cca52a47b2da26b672fd79c5bb24b252fdd3565599ec2e0935ef1eba71062913",
     },
+    "toy64/editor": {
+        "config.json": "1d17cdd95280c56e9010747edd64396149ff61dc4db889758981a85259dd9286",
+        "model.safetensors": "d64621db153d8dc8bbbe72c7fa12559701b7cf954cf3bbfb5918ce54e05b0680",
+    },
     "toy64/encoder": {
         "config.json": "aabb1a912ac663b3c73192d6922e1dc732eaec5c748cf4ca85e9e44549fd6dbf",
         "model.safetensors": "c89f1071456eda068a21339c7146553a54602bd093ce31f31577f8a77f197a98",

@@ -286,6 +286,22 @@ def test_new_car_and_same_car(page):
     assert len(set(names.all_text_contents())) == 2
 
 
+def test_a_car_is_chosen_by_its_number(page, pipeline, tmp_path):
+    """The number is a seed of the command line; another number is refused in words."""
+    page.fill('[data-end="a"] [data-number]', "7")
+    page.press('[data-end="a"] [data-number]', "Enter")
+    wait_for_rest(page)
+    recipe = save_recipe(page, tmp_path / "recipe.json")
+    assert recipe["car_a"] == "seed:7"
+    assert torch.allclose(torch.tensor(recipe["z_a"]), sample_latents(1, pipeline.common.z_dim, seed=7)[0])
+    page.fill('[data-end="a"] [data-number]', "9999")
+    page.press('[data-end="a"] [data-number]', "Enter")
+    assert "from 0 to 511" in page.text_content("#message")
+    page.fill('[data-end="a"] [data-number]', "7")
+    page.press('[data-end="a"] [data-number]', "Enter")
+    wait_for_rest(page)
+
+
 def test_keyboard_moves_the_slider(page):
     move(page, 0.5)
     page.focus("#intensity")
@@ -342,7 +358,7 @@ def test_first_image_after_a_cold_load(browser, url):  # noqa: F811
     page.close()
 
 
-@pytest.mark.parametrize("width", [360, 800, 1600])
+@pytest.mark.parametrize("width", [360, 900, 1600])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_layout(browser, url, width, theme):  # noqa: F811
     page = open_page(browser, url, width, 1000, color_scheme=theme)

@@ -107,6 +107,7 @@ ATTRIBUTES = {
     "deck": Attribute("Deck length", **_SHARE),
     "clearance": Attribute("Ground clearance", **_SHARE),
     "wheelbase": Attribute("Wheelbase", **_SHARE),
+    "wheel": Attribute("Wheel radius", **_SHARE),
 }
 HUE = ("red_green", "yellow_blue")  # of the paint: together an angle
 EDITABLE = ("height", "hood", "cabin", "lightness", "red_green", "yellow_blue")  # measured well in each view

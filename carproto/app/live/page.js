@@ -59,6 +59,8 @@ function paint(canvas, pixels) {
 let edited = null; // {a, b}
 let correction = null; // yields cars to measure
 
+const isEdited = () => Object.values(state.edits).some((amount) => amount !== 0);
+
 function* correctBoth({ a, b }, edits) {
   return { a: yield* measureEdit(a, edits, pair.editor), b: yield* measureEdit(b, edits, pair.editor) };
 }
@@ -71,8 +73,8 @@ function setEdited(cars) {
 function editCars(isFinal) {
   const edits = { ...state.edits };
   setEdited({ a: predictEdit(state.a, edits, pair.editor), b: predictEdit(state.b, edits, pair.editor) });
-  const isEdited = Object.values(edits).some((amount) => amount !== 0);
-  correction = isFinal && isEdited && pair.background ? { steps: correctBoth(state, edits), values: undefined } : null;
+  correction = isFinal && isEdited() && pair.background ? { steps: correctBoth(state, edits), values: undefined } : null;
+  showMeasured();
 }
 
 async function correct() {
@@ -82,6 +84,7 @@ async function correct() {
   if (done) {
     correction = null;
     setEdited(value);
+    showMeasured();
     showFrames();
     stageSince ??= performance.now();
     return;
@@ -146,6 +149,7 @@ function showStage() {
   stageSince ??= performance.now();
   const text = state.position.toFixed(2);
   find('#value').textContent = text;
+  fillTrack(slider, 0);
   slider.setAttribute('aria-valuetext', `${text}, from common to futuristic`);
   find('#stage').setAttribute('aria-label', `Blended car at intensity ${text}`);
   const nearest = Math.round(state.position * (N_FRAMES - 1));
@@ -163,6 +167,7 @@ function showAll(isEditing = true) {
   for (const end of document.querySelectorAll('.end')) {
     const name = state[end.dataset.end].name.replace('seed:', 'car ');
     end.querySelector('[data-name]').textContent = name;
+    end.querySelector('[data-number]').value = /^car \d+$/.test(name) ? name.slice(4) : '';
     end.querySelector('canvas').setAttribute('aria-label', `${end.dataset.end === 'a' ? 'Common' : 'Futuristic'} ${name}`);
   }
   showStage();
@@ -178,10 +183,10 @@ function select(position) {
 
 const carOf = (seed) => ({ z: latents[seed], gains: null, name: `seed:${seed}` });
 
-function renew(end) {
+function renew(end, chosen = null) {
   const isTaken = (seed) => [state.a, state.b].some((car) => car?.name === `seed:${seed}`);
-  let seed;
-  do seed = Math.floor(Math.random() * latents.length); while (isTaken(seed));
+  let seed = chosen;
+  while (seed === null || (chosen === null && isTaken(seed))) seed = Math.floor(Math.random() * latents.length);
   state[end] = carOf(seed);
   if (find('#same').checked) state[end === 'a' ? 'b' : 'a'] = carOf(seed);
   say('');
@@ -220,10 +225,25 @@ async function openRecipe(file) {
   const [a, b] = carsOf(recipe);
   correction = null;
   setEdited({ a, b });
+  showMeasured();
   showAll(false);
 }
 
 // body sliders
+
+// Colours the track of a slider between two shares of its length.
+function fillTrack(input, origin) {
+  const at = (Number(input.value) - Number(input.min)) / (Number(input.max) - Number(input.min));
+  input.style.setProperty('--from', `${100 * Math.min(at, origin)}%`);
+  input.style.setProperty('--to', `${100 * Math.max(at, origin)}%`);
+}
+
+function showMeasured() {
+  const hasEdits = isEdited();
+  find('#reset').disabled = !hasEdits;
+  const text = correction ? 'Measuring the edited cars \u2026' : 'Measured on both cars.';
+  find('#measured').textContent = hasEdits ? (pair.background ? text : 'Predicted: a change may differ from the number.') : '';
+}
 
 function formatAmount({ decimals, unit, scale }, amount) {
   const sign = amount > 0 ? '+' : amount < 0 ? '\u2212' : '';
@@ -255,6 +275,7 @@ function showEdits() {
     });
     const update = () => {
       output.textContent = formatAmount(shown[k], Number(input.value) * half);
+      fillTrack(input, 0.5);
       input.setAttribute('aria-valuetext', output.textContent);
     };
     input.addEventListener('input', () => {
@@ -306,7 +327,15 @@ const frames = Array.from({ length: N_FRAMES }, (_, i) => {
 function connect() {
   find('.strip').append(...frames);
   slider.addEventListener('input', () => select(Number(slider.value)));
-  document.querySelectorAll('.end').forEach((end) => end.querySelector('[data-new]').addEventListener('click', () => renew(end.dataset.end)));
+  document.querySelectorAll('.end').forEach((end) => {
+    end.querySelector('[data-new]').addEventListener('click', () => renew(end.dataset.end));
+    const number = end.querySelector('[data-number]');
+    number.max = latents.length - 1;
+    number.addEventListener('change', () => {
+      if (number.value !== '' && number.checkValidity()) renew(end.dataset.end, Number(number.value));
+      else say(`Choose a car from 0 to ${number.max}.`);
+    });
+  });
   find('#same').addEventListener('change', ({ target }) => {
     if (target.checked) state.b = state.a;
     else if (state.b === state.a) renew('b');
@@ -331,6 +360,7 @@ function connect() {
     state.edits = {};
     showEdits();
     showAll();
+    find('.edit input').focus(); // the button is disabled now
   });
 }
 
@@ -348,7 +378,7 @@ async function start() {
     state.path = pair.path;
     [state.a, state.b] = pair.start.map(carOf);
     shared.backend = backend;
-    document.querySelectorAll('main > section').forEach((section) => { section.hidden = false; });
+    find('.workspace').hidden = false;
     connect();
     showEdits();
     say('');
