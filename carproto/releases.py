@@ -85,6 +85,10 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "254360a5dd642a20c48f7d459a40220c219996514bb16df4ff1a51fea741047f",
         "model.safetensors": "d4456bbda6267e9f34c55031efaa2d5261b691068e5442503f07e21bdf0c73e2",
     },
+    "photo64/editor": {
+        "config.json": "f2577d7ecf6e0f2b9eceab7b2b0927e6ea7e19956bde6cbd0520ac4c5984fcfb",
+        "model.safetensors": "318821ddd628b9b60872b2835e7980b9065764f5d600be4d7aed093ed2e491d3",
+    },
     "photo64/encoder": {
         "config.json": "032a00edc61602fc503ea3fd31ee065ce8fa1bf69a2c6aa63fb61b8a8c3dc312",
         "model.safetensors": "e2986928b4dcaf58ca96dca854fa22a17dd649590dac7c03d84a52559654a2de",

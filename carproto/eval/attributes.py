@@ -110,7 +110,7 @@ ATTRIBUTES = {
     "wheel": Attribute("Wheel radius", **_SHARE),
 }
 HUE = ("red_green", "yellow_blue")  # of the paint: together an angle
-EDITABLE = ("height", "hood", "cabin", "lightness", "red_green", "yellow_blue")  # measured well in each view
+EDITABLE = ("height", "cabin", "lightness", "red_green", "yellow_blue")  # measured well, and moved by edits
 
 # %% ../../nbs/5_eval/05_attributes.ipynb #6a77d924
 def _wheelbase(outline: _Outline) -> torch.Tensor:

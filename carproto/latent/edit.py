@@ -147,7 +147,7 @@ def _goal(self: LatentEditor, start: torch.Tensor, amounts: Mapping[str, float])
 N_STEPS = 6  # of Gauss-Newton on the network
 N_ROUNDS = 8  # of correction by measured cars, at most
 TOLERANCE = 0.03  # distance from the goal at which correction ends, in standard deviations
-DAMPING = 0.03  # of the pseudo-inverse
+DAMPING = 0.01  # of the pseudo-inverse
 MAX_STEP = 1.5  # of one round, in standard deviations of an attribute
 
 
