@@ -71,7 +71,7 @@ def save(page, folder: Path) -> dict:
 
 def test_sliders_are_those_of_the_stored_editor(page):
     labels = page.locator(".carproto-body .widget-label").all_inner_texts()
-    assert labels[0] == "Height" and page.locator(".carproto-body .noUi-handle").count() == len(labels)
+    assert labels[0] == "Height (%)" and page.locator(".carproto-body .noUi-handle").count() == len(labels)
     assert page.locator(".carproto-body .lm-TabBar-tabLabel").all_inner_texts() == ["Body"]
 
 

@@ -36,7 +36,7 @@ def _make_slider(editor: LatentEditor, name: str) -> widgets.FloatSlider:
         max=half,
         step=half / 50,
         continuous_update=False,  # an edit generates and measures both cars up to ten times
-        description=shown.label,
+        description=shown.label + shown.unit.replace(" %", " (%)"),
         readout_format=f"+.{shown.decimals}f",
         style={"description_width": "140px"},
         layout=widgets.Layout(width="auto", min_width="250px", max_width="560px"),
