@@ -85,6 +85,10 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "254360a5dd642a20c48f7d459a40220c219996514bb16df4ff1a51fea741047f",
         "model.safetensors": "d4456bbda6267e9f34c55031efaa2d5261b691068e5442503f07e21bdf0c73e2",
     },
+    "photo64/editor": {
+        "config.json": "f2577d7ecf6e0f2b9eceab7b2b0927e6ea7e19956bde6cbd0520ac4c5984fcfb",
+        "model.safetensors": "318821ddd628b9b60872b2835e7980b9065764f5d600be4d7aed093ed2e491d3",
+    },
     "photo64/encoder": {
         "config.json": "478f1fd2c5c3537026b4f64ed1deefe33c466c8f2dd79571c68ebafac3b62f19",
         "model.safetensors": "e2986928b4dcaf58ca96dca854fa22a17dd649590dac7c03d84a52559654a2de",
@@ -116,6 +120,10 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
     "toy64/common/discriminator": {
         "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
         "model.safetensors": "cca52a47b2da26b672fd79c5bb24b252fdd3565599ec2e0935ef1eba71062913",
+    },
+    "toy64/editor": {
+        "config.json": "1d17cdd95280c56e9010747edd64396149ff61dc4db889758981a85259dd9286",
+        "model.safetensors": "d64621db153d8dc8bbbe72c7fa12559701b7cf954cf3bbfb5918ce54e05b0680",
     },
     "toy64/encoder": {
         "config.json": "aabb1a912ac663b3c73192d6922e1dc732eaec5c748cf4ca85e9e44549fd6dbf",

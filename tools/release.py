@@ -1,6 +1,7 @@
 """Make a release of two runs and their encoder: half-precision weights in data/NAME, and the runs' records.
 
     python tools/release.py toy64 --common runs/common --futuristic runs/futuristic --encoder runs/encoder
+    python tools/release.py toy64 --editor  # fits the body editor of the release anew, and leaves the rest
 
 The model card, data/NAME/README.md, is written by hand, and stays. The table of SHA-256 in
 nbs/0_base/06_releases.ipynb is written anew; run `python tools/sync.py` afterwards, and tag the commit as that
@@ -14,10 +15,13 @@ import re
 import shutil
 from pathlib import Path
 
+from carproto.app.body import find_measure, fit_body
+from carproto.app.pipeline import CarPipeline
 from carproto.config import CarprotoError
 from carproto.files import folder_aside, load_json, save_json
 from carproto.gan.sngan import load_generator, save_discriminator, save_generator
 from carproto.gan.train import find_generator, load_discriminator
+from carproto.latent.edit import save_editor
 from carproto.latent.encoder import load_encoder, save_encoder
 from carproto.latent.train_encoder import evaluate_encoder
 from carproto.releases import hash_file
@@ -50,6 +54,23 @@ def release_encoder(run: Path, folder: Path, generators: list) -> None:
         name: text[name] for name in text if name.startswith("photo_") or name in ("n_photos", "steps", "seconds")
     }
     save_encoder(E, folder, half=True, about={**photos, **evaluate_encoder(E, generators)})
+
+
+def release_editor(folder: Path) -> None:
+    """Fit the body editor of a stored pair, where its cars can be measured, and store it beside them."""
+    pipeline = CarPipeline.from_pretrained(folder)
+    if find_measure(pipeline) is None:
+        print(f"{folder}: no body editor, since its cars cannot be measured")
+        return
+    try:
+        editor = fit_body(pipeline)
+    except CarprotoError as error:  # a young generator, whose images are no cars yet
+        print(f"{folder}: no body editor, since {error}")
+        return
+    save_editor(editor, folder / "editor")
+    for name, error in zip(editor.names, editor.error.tolist()):
+        use = "editable" if name in editor.editable else "held"
+        print(f"{name}: median error {error:.2f} of the request, {use}")
 
 
 def copy_record(run: Path, folder: Path) -> None:
@@ -106,14 +127,27 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="of the release, such as toy64")
     for part in ("common", "futuristic", "encoder"):
-        parser.add_argument(f"--{part}", type=Path, required=True, help="a run's folder")
+        parser.add_argument(f"--{part}", type=Path, help="a run's folder")
+    parser.add_argument("--editor", action="store_true", help="fit the body editor of the stored release, and no more")
     parser.add_argument("--probe", type=Path, help="folder of a futurism probe; default: that of the release before")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where releases lie")
     arguments = parser.parse_args(argv)
-    folder, bound = (
-        arguments.data / arguments.name,
-        load_json(arguments.encoder / "encoder" / "config.json")["generator"],
-    )
+    folder = arguments.data / arguments.name
+    if arguments.editor:
+        release_editor(folder)
+    else:
+        make_release(arguments, folder)
+    if arguments.data.resolve() == IN_REPOSITORY:
+        write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "0_base" / "06_releases.ipynb")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+    print(f"{folder}: {size:.1f} MB" + (f", more than {LIMIT_MB} MB" if size > LIMIT_MB else ""))
+
+
+def make_release(arguments: argparse.Namespace, folder: Path) -> None:
+    """Make a whole release of the runs, and put it in the place of the old one."""
+    if None in (arguments.common, arguments.futuristic, arguments.encoder):
+        raise CarprotoError("a release needs --common, --futuristic and --encoder; --editor alone fits its editor anew")
+    bound = load_json(arguments.encoder / "encoder" / "config.json")["generator"]
     if load_generator(find_generator(arguments.common), "cpu").fingerprint() != bound:
         raise CarprotoError(
             f"{arguments.encoder} was trained for generator {bound}, which is not the one of {arguments.common}"
@@ -132,10 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         if probe.exists():
             shutil.copytree(probe, aside / "probe")
     replace_folder(folder.with_name(f"{folder.name}.new"), folder)
-    if arguments.data.resolve() == IN_REPOSITORY:
-        write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "0_base" / "06_releases.ipynb")
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
-    print(f"{folder}: {size:.1f} MB" + (f", more than {LIMIT_MB} MB" if size > LIMIT_MB else ""))
+    release_editor(folder)
 
 
 if __name__ == "__main__":

@@ -7,35 +7,39 @@ __all__ = ['BodyStudio', 'open_body_studio']
 
 # %% ../../nbs/8_app/17_body_studio.ipynb #64471e64
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import ipywidgets as widgets
 import torch
 from fastcore.basics import patch
 
-from .body import describe_attribute, edit_recipe, find_body, fit_body
+from .body import describe_attribute, edit_recipe, open_editor, restore_recipe
 from .car_list import CarList
+from .parts import local_pipelines
 from .pipeline import CarPipeline
-from .studio import IntensityStudio
+from .studio import IntensityStudio, open_studio
 from ..blend.recipe import BlendRecipe, load_recipe
 from ..config import CarprotoError
-from ..latent.edit import LatentEditor
+from ..latent.edit import LatentEditor, load_editor
+from ..weights import find_weights
 
 # %% ../../nbs/8_app/17_body_studio.ipynb #656c39bf
-def _make_slider(editor: LatentEditor, k: int) -> widgets.FloatSlider:
-    "Make the slider of attribute `k`, from -1 to 1 of half the range that was seen."
-    shown = describe_attribute(editor.names[k])
+def _make_slider(editor: LatentEditor, name: str) -> widgets.FloatSlider:
+    "Make the slider of an attribute, from -1 to 1 of half the range that was seen."
+    shown, k = describe_attribute(name), editor.names.index(name)
     half = ((editor.high - editor.low)[k] / 2).item() * shown.scale
     return widgets.FloatSlider(
         min=-half,
         max=half,
         step=half / 50,
-        description=shown.label,
+        continuous_update=False,  # an edit generates and measures both cars up to ten times
+        description=shown.label + shown.unit.replace(" %", " (%)"),
         readout_format=f"+.{shown.decimals}f",
         style={"description_width": "140px"},
-        layout=widgets.Layout(width="auto", min_width="250px"),
+        layout=widgets.Layout(width="auto", min_width="250px", max_width="560px"),
     )
 
 
@@ -45,27 +49,38 @@ class BodyStudio(IntensityStudio):
     def __init__(
         self,
         pipeline: CarPipeline | CarList,  # with both generators; a list names its cars too
-        editor: LatentEditor,  # of its common generator
         z: torch.Tensor | None = None,  # (N, z_dim) latents of the cars to choose from; None samples twelve
         names: Sequence[str] | None = None,  # of these cars; None numbers them
+        *,
+        find_editor: Callable[[CarPipeline], LatentEditor | None],  # of a pipeline; None hides the tab
         **options,  # of `IntensityStudio`
     ):
-        self.editor = editor
-        self.body = {name: _make_slider(editor, k) for k, name in enumerate(editor.names) if name in editor.editable}
+        self.find_editor, self.editor, self.body = find_editor, None, {}
         self.reset = widgets.Button(description="Reset", tooltip="Take all edits back", icon="undo")
-        self.tab = widgets.Tab([widgets.VBox([*self.body.values(), self.reset])])
+        self.tab = widgets.Tab([widgets.VBox([])])
         self.tab.set_title(0, "Body")
+        self.tab.add_class("carproto-body")
+        self.reset.on_click(lambda button: self.run_action(self.set_amounts, {}))
         super().__init__(pipeline, z, names, **options)
         self.children = (self.children[0], self.tab, *self.children[1:])
-        self.tab.add_class("carproto-body")
-        for slider in self.body.values():
-            slider.observe(lambda change: self.run_action(self.new_path), "value")
-        self.reset.on_click(lambda button: self.run_action(self.set_amounts, {}))
+        self._take_editor()
 
     def amounts(self) -> dict[str, float]:
         "Return the edits on view, change by attribute in its unit."
         scales = {name: describe_attribute(name).scale for name in self.body}
         return {name: slider.value / scales[name] for name, slider in self.body.items() if slider.value}
+
+
+@patch
+def _take_editor(self: BodyStudio) -> None:
+    "Show the sliders of the editor that belongs to the cars on view."
+    self.editor = self.find_editor(self.pipeline)
+    names = self.editor.editable if self.editor is not None else ()
+    self.body = {name: _make_slider(self.editor, name) for name in names}
+    for slider in self.body.values():
+        slider.observe(lambda change: self.run_action(self.new_path), "value")
+    self.tab.children[0].children = [*self.body.values(), self.reset]
+    self.tab.layout.display = None if self.body else "none"
 
 # %% ../../nbs/8_app/17_body_studio.ipynb #b1cf4c2a
 @patch
@@ -105,11 +120,10 @@ def _move_sliders(self: BodyStudio, amounts: Mapping[str, float]) -> None:
 
 @patch
 def set_cars(self: BodyStudio, cars: CarList) -> None:
-    "Show other cars without edits; hide the sliders for a generator that the editor does not know."
-    with self.without_events():
-        self._move_sliders({})
-    self.tab.layout.display = None if cars.pipeline.fingerprints[0] == self.editor.generator else "none"
+    "Show other cars without edits, with the sliders of their own editor."
+    self.body = {}
     super(BodyStudio, self).set_cars(cars)
+    self._take_editor()
 
 
 @patch
@@ -119,29 +133,34 @@ def load(
 ) -> None:
     "Show the blend of a recipe, and set the sliders to its edits."
     recipe = source if isinstance(source, BlendRecipe) else load_recipe(source)
-    edits = recipe.edits or {"amounts": {}, "z_a": recipe.z_a, "z_b": recipe.z_b}
-    unknown = sorted(set(edits["amounts"]) - set(self.body))
+    amounts = {} if recipe.edits is None else recipe.edits["amounts"]
+    editor = self.find_editor(self._find_cars(recipe).pipeline)
+    unknown = sorted(set(amounts) - set(() if editor is None else editor.editable))
     if unknown:
         names = ", ".join(unknown)
         raise CarprotoError(f"this recipe edits {names}, which this studio cannot: open it with its own editor")
     with self._lock:
         with self.without_events():
             self._move_sliders({})
-        super(BodyStudio, self).load(replace(recipe, z_a=edits["z_a"], z_b=edits["z_b"], edits=None))
+        super(BodyStudio, self).load(restore_recipe(recipe))
         if recipe.edits is not None:
             with self.without_events():
-                self._move_sliders(edits["amounts"])
-            self.new_path(replace(self.path.recipe, z_a=recipe.z_a, z_b=recipe.z_b, edits=recipe.edits))
+                self._move_sliders(amounts)
+            ends = ("z_a", "z_b", "channel_gains_a", "channel_gains_b", "edits")
+            self.new_path(replace(self.path.recipe, **{name: getattr(recipe, name) for name in ends}))
 
 # %% ../../nbs/8_app/17_body_studio.ipynb #73332f6c
 def open_body_studio(
-    pipeline: str = "toy64",  # a release, or a folder with common/, futuristic/ and perhaps editor/
-    *,
-    n_fit: int = 4000,  # generated cars to fit an editor on, where the folder has none
-    n_cars: int = 12,  # cars to choose from
-    **options,  # of `IntensityStudio`
+    pipeline: str | Path = "toy64",  # a release, or a folder with common/, futuristic/ and perhaps editor/
+    **options,  # of `open_studio`
 ) -> BodyStudio:  # to be shown in a notebook
-    "Open the studio with body sliders; raise `CarprotoError` where the cars cannot be measured."
-    loaded = CarPipeline.from_pretrained(pipeline)
-    editor = find_body(loaded, pipeline) or fit_body(loaded, n=n_fit)
-    return BodyStudio(CarList(loaded, n=n_cars), editor, **options)
+    "Open the studio with body sliders, where the pipeline has an editor; raise `CarprotoError` when it cannot be had."
+
+    def find_editor(loaded: CarPipeline) -> LatentEditor | None:
+        for name in dict.fromkeys([str(pipeline), *local_pipelines()]):
+            folder = find_weights(f"{name}/editor")
+            if (folder / "config.json").exists() and load_editor(folder).generator == loaded.fingerprints[0]:
+                return open_editor(folder, loaded)
+        return None
+
+    return open_studio(pipeline, make=partial(BodyStudio, find_editor=find_editor), **options)

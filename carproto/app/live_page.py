@@ -28,8 +28,18 @@ from ..blend.onnx_graph import OPSET, compare_with_pytorch, write_graph
 from ..blend.speed import plan_speed
 from ..config import CarprotoError
 from ..core import sample_latents
+from ..data.align import config_from_frame
 from ..files import atomic_path, cache_folder, save_json
-from ..latent.edit import DAMPING, MIN_RESPONSE, N_STEPS, LatentEditor, save_editor
+from carproto.latent.edit import (
+    DAMPING,
+    GAIN_UNIT,
+    MAX_STEP,
+    N_ROUNDS,
+    N_STEPS,
+    TOLERANCE,
+    LatentEditor,
+    save_editor,
+)
 from ..releases import hash_file
 from ..weights import find_weights
 
@@ -84,6 +94,7 @@ def describe_pair(
         "path": dict(path or average_path(pipeline)),
         "start": [pipeline.seed, pipeline.seed + 1],
         "editor": editor and _describe_editor(editor),
+        "background": pipeline.frame and list(config_from_frame(pipeline.frame).background),
         "card": card,
         "latents": base64.b64encode(latents.astype("<f4").tobytes()).decode(),
     }
@@ -94,15 +105,19 @@ def _describe_editor(editor: LatentEditor) -> dict:
     layers = [layer for layer in editor.net if isinstance(layer, torch.nn.Linear)]
     numbers = torch.cat([part.detach().flatten() for layer in layers for part in (layer.weight, layer.bias)]).numpy()
     columns = {name: getattr(editor, name).tolist() for name in ("mean", "spread", "low", "high")}
-    columns["response"] = editor.response.clamp_min(MIN_RESPONSE).tolist()
     return {
         "names": list(editor.names),
         "editable": list(editor.editable),
         "shown": [asdict(describe_attribute(name)) for name in editor.names],
         "sizes": [layers[0].in_features, *(layer.out_features for layer in layers)],
         "weights": base64.b64encode(numbers.astype("<f4").tobytes()).decode(),
+        "z_dim": editor.z_dim,
+        "gain_unit": GAIN_UNIT,
         "steps": N_STEPS,
+        "rounds": N_ROUNDS,
         "damping": DAMPING,
+        "max_step": MAX_STEP,
+        "tolerance": TOLERANCE,
         **columns,
     }
 
@@ -191,7 +206,7 @@ def _read_runtime(source: Path, name: str) -> bytes:
 # %% ../../nbs/8_app/34_live_page.ipynb #e73a9032
 _IS_MODULE = "__file__" in globals()  # not so in a notebook
 _FILES = Path(__file__).parent / "live" if _IS_MODULE else Path("../../carproto/app/live")  # of the page
-PAGE_FILES = ("index.html", "page.css", "page.js", "model.js", "worker.js")
+PAGE_FILES = ("index.html", "page.css", "page.js", "model.js", "measure.js", "worker.js")
 
 
 def write_page(

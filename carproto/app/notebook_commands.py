@@ -76,8 +76,8 @@ def studio(
     if options.photos is not None:
         PictureStore(options.photos)
     arguments = {"backbone": _absolute(options.backbone), "photos": _absolute(options.photos)}
-    call = _call("open_studio", _absolute(options.pipeline), **arguments)
-    text = f"from carproto.app.studio import open_studio\n\n{call}"
+    call = _call("open_body_studio", _absolute(options.pipeline), **arguments)
+    text = f"from carproto.app.body_studio import open_body_studio\n\n{call}"
     path = write_notebook(Path(options.folder) / "studio.ipynb", "Intensity studio", text)
     open_notebook(path, write_only=options.write_only)
 

@@ -228,8 +228,8 @@ class Blend:
     uncalibrated: bool = False  # keep the intensities as they are, also where futurism can be measured
     backbone: OrNone[PathText] = None  # MobileNetV2 file of the probe's features; None where it needs none
     recipe: OrNone[PathText] = None  # recipe.json whose frames are generated again; None blends CAR_A and CAR_B
-    edit: OrNone[str] = None  # body edits of both cars, such as height=-0.05,lightness=20; None edits nothing
-    editor: OrNone[PathText] = None  # folder of an editor, or a release such as toy64/editor; None edits nothing
+    edit: OrNone[str] = None  # body edits of both cars, such as roof=-0.05,hue=200; None edits nothing
+    editor: OrNone[PathText] = None  # folder or release (toy64/editor) of an editor; None takes that of --pipeline
     fit: OrNone[Fit] = None  # how a photo becomes square; None takes what the weights say
     extrapolate: bool = False  # allow intensities outside 0 to 1
     truncation: OrNone[float] = None  # of seeds' latents, 0 to 1: less gives typical cars; None: the release's, or 1
@@ -241,8 +241,8 @@ class Blend:
         _check_pipeline(self)
         if self.uncalibrated and self.calibrate_by is not None:
             raise CarprotoError("--uncalibrated keeps the intensities: leave out it or --calibrate_by")
-        if self.edit is not None and self.editor is None:
-            raise CarprotoError("--edit needs an editor: name its folder with --editor, as carproto export makes it")
+        if self.edit is not None and self.editor is None and self.pipeline is None:
+            raise CarprotoError("--edit needs an editor: name a release with --pipeline, or a folder with --editor")
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class Export:
     runtime: OrNone[PathText] = None  # onnxruntime-web: archive of npm, or folder; None asks npm
     n_check: int = 200  # blends that are compared with PyTorch; 0 compares none
     n_pairs: int = 8  # pairs whose calibrated paths are averaged; 0 keeps straight lines
-    n_edit: int = 4000  # generated cars to fit body sliders on, where the release has none; 0 leaves them out
+    n_edit: int = 6000  # generated cars to fit body sliders on, where the release has none; 0 leaves them out
     backbone: OrNone[PathText] = None  # MobileNetV2 file of the futurism probe; None where it needs none
 
     def __post_init__(self):

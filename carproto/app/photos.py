@@ -94,7 +94,9 @@ class PhotoInversion(Inversion):
 
     def car(self, i: int) -> tuple[list[float], list[float] | None]:
         "Return latent and channel gains of a photo as JSON holds them; None where all channel gains are 1."
-        return self.z[i].tolist(), self.channel_gains[i].tolist() if self.has_channel_gains else None
+        if not self.has_channel_gains:
+            return self.z[i].tolist(), None
+        return self.z[i].tolist(), [round(value, 4) for value in self.channel_gains[i].tolist()]  # as `invert` does
 
     def describe_outlier(self, i: int) -> str:
         "Say how far a photo is off."

@@ -197,6 +197,7 @@ def open_studio(
     n_frames: int = 41,  # frames on the path
     folder: str | Path = ".",  # where the buttons save
     photos: str | Path = "",  # a folder or zip whose photos can be chosen too
+    make: Callable[..., IntensityStudio] = IntensityStudio,  # from cars and options to the panel
 ) -> IntensityStudio:  # to be shown in a notebook
     "Open the studio on a pipeline; raise `CarprotoError` when it cannot be had."
 
@@ -205,7 +206,7 @@ def open_studio(
 
     chosen = str(pipeline)
     loaders = {name: cache(partial(load, name)) for name in dict.fromkeys([*local_pipelines(), chosen])}
-    studio = IntensityStudio(loaders[chosen](), n_frames=n_frames, folder=folder, photos=photos)
+    studio = make(loaders[chosen](), n_frames=n_frames, folder=folder, photos=photos)
     studio.set_pipelines(
         {RELEASED_PIPELINES.get(name, (Path(name).name,))[0]: loader for name, loader in loaders.items()}
     )

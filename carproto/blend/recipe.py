@@ -41,7 +41,7 @@ class BlendRecipe:
     channel_gains_a: list[float] | None = None  # of the first car, from `invert`; None is 1
     channel_gains_b: list[float] | None = None  # of the second car
     shown: int | None = None  # index of the frame on view; None for all
-    edits: dict | None = None  # "amounts" by attribute, and "z_a" and "z_b" before the edit; None without edits
+    edits: dict | None = None  # "amounts" by attribute, and latents and gains before the edit; None without edits
 
     def generate(
         self,
@@ -104,7 +104,7 @@ def generator_at(
 
 # %% ../../nbs/7_blend/04_recipe.ipynb #43763e34
 MAX_FRAMES = 1000  # of one blend
-MAX_BYTES = 4_000_000  # of a recipe: a thousand frames with channel gains of two cars take a tenth of it
+MAX_BYTES = 4_000_000  # of a recipe: a thousand frames with channel gains of two cars take a fifth of it
 
 
 def _read_file(path: Path) -> bytes:
@@ -124,11 +124,16 @@ def _are_numbers(value: object) -> bool:
 
 
 def _are_edits(value: object, z_dim: int) -> bool:
-    "Return whether `value` holds amounts by name, and two latents."
-    if not isinstance(value, dict) or set(value) != {"amounts", "z_a", "z_b"} or not isinstance(value["amounts"], dict):
+    "Return whether `value` holds amounts by name, two latents and perhaps their channel gains."
+    gains = ("channel_gains_a", "channel_gains_b")
+    if not isinstance(value, dict) or not {"amounts", "z_a", "z_b"} <= set(value) <= {"amounts", "z_a", "z_b", *gains}:
         return False
     latents = [value["z_a"], value["z_b"]]
-    return _are_numbers(list(value["amounts"].values())) and all(_are_numbers(z) and len(z) == z_dim for z in latents)
+    if not isinstance(value["amounts"], dict) or not _are_numbers(list(value["amounts"].values())):
+        return False
+    if not all(value.get(name) is None or _are_numbers(value[name]) for name in gains):
+        return False
+    return all(_are_numbers(z) and len(z) == z_dim for z in latents)
 
 # %% ../../nbs/7_blend/04_recipe.ipynb #c0d7e5b2
 def load_recipe(

@@ -169,7 +169,7 @@ def _choose(self: _Refiner, z: torch.Tensor, channel_gains: torch.Tensor) -> Inv
     "Select the best result of each image, with the encoder's latent as a candidate."
     n = len(self.x)
     z = torch.cat([z, self.starts[:n]])
-    channel_gains = torch.cat([channel_gains, self.gains0])
+    channel_gains = torch.cat([channel_gains, self.gains0]).round(decimals=4)  # so that a recipe stays short
     images = torch.cat([self.generate(a, b) for a, b in zip(z.split(64), channel_gains.split(64))])
     distance, pixel, loss = self.measure(images)
     row = loss.view(-1, n).argmin(0) * n + torch.arange(n, device=z.device)

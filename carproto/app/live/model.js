@@ -24,6 +24,7 @@ export function intensitiesAt(path, position) {
 }
 
 // The editor predicts attributes with two hidden layers; see carproto.latent.edit. A matrix is a list of rows.
+// Its input x is a latent, followed by the channel gains in units of gain_unit from 1.
 
 export function decodeEditor(about) {
   if (!about) return null;
@@ -94,27 +95,92 @@ function solve(matrix, right) {
 
 const clampTo = (value, low, high) => Math.min(Math.max(value, low), high);
 
-// amounts: change of each attribute in its unit. Returns the edited latent, and the attributes that end at the cars that were seen.
-export function applyEdits(z, amounts, editor) {
-  const wishes = editor ? editor.names.map((name) => amounts[name] ?? 0) : [];
-  if (!wishes.some((wish) => wish !== 0)) return { z, clamped: [] };
-  const { mean, spread, low, high, response } = editor;
-  const start = predict(editor, z).values;
-  const clamped = [];
-  const goal = wishes.map((wish, k) => {
-    const now = start[k] * spread[k] + mean[k];
-    const change = clampTo(wish, Math.min(low[k] - now, 0), Math.max(high[k] - now, 0));
-    if (Math.abs(change - wish) > 1e-6 + 1e-5 * Math.abs(wish)) clamped.push(editor.names[k]);
-    return start[k] + change / (spread[k] * response[k]);
-  });
-  let moved = Array.from(z);
+const zeros = (length) => new Array(length).fill(0);
+const add = (a, b) => a.map((value, i) => value + b[i]);
+const subtract = (a, b) => a.map((value, i) => value - b[i]);
+const limit = (values, bound) => values.map((value) => clampTo(value, -bound, bound));
+
+// Returns the smallest step that changes the attributes by `missing`, to first order.
+function smallestStep(jacobian, missing, damping) {
+  const square = jacobian.map((row, i) => jacobian.map((other, j) => dot(row, other) + (i === j ? damping : 0)));
+  const weights = solve(square, missing);
+  return jacobian[0].map((_, n) => jacobian.reduce((sum, row, k) => sum + row[n] * weights[k], 0));
+}
+
+function predictStep(editor, x, change) {
+  const goal = add(predict(editor, x).values, change);
+  let moved = x;
   for (let step = 0; step < editor.steps; step += 1) {
     const { values, jacobian } = predict(editor, moved);
-    const square = jacobian.map((row, i) => jacobian.map((other, j) => dot(row, other) + (i === j ? editor.damping : 0)));
-    const weights = solve(square, goal.map((value, k) => value - values[k]));
-    moved = moved.map((value, n) => value + jacobian.reduce((sum, row, k) => sum + row[n] * weights[k], 0));
+    moved = add(moved, smallestStep(jacobian, subtract(goal, values), editor.damping));
   }
-  return { z: moved, clamped };
+  return moved;
+}
+
+function updateJacobian(jacobian, step, change) {
+  const length = Math.max(dot(step, step), 1e-6);
+  jacobian.forEach((row, k) => {
+    const factor = (change[k] - dot(row, step)) / length;
+    if (Number.isFinite(factor)) step.forEach((value, n) => { row[n] += factor * value; });
+  });
+}
+
+function goalOf(editor, start, amounts) {
+  const { names, mean, spread, low, high } = editor;
+  const clamped = [];
+  const goal = names.map((name, k) => {
+    const now = start[k] * spread[k] + mean[k];
+    const wish = now + (amounts[name] ?? 0);
+    const value = clampTo(wish, Math.min(low[k], now), Math.max(high[k], now));
+    if (Math.abs(value - wish) > 1e-6 + 1e-5 * Math.abs(wish)) clamped.push(name);
+    return (value - mean[k]) / spread[k];
+  });
+  return { goal, clamped };
+}
+
+const isEdited = (amounts) => Object.values(amounts).some((amount) => amount !== 0);
+
+function toInput(editor, car) {
+  const gains = car.gains ?? zeros(editor.sizes[0] - editor.z_dim).fill(1);
+  return [...car.z, ...gains.map((gain) => (gain - 1) / editor.gain_unit)];
+}
+
+function fromInput(editor, x, clamped) {
+  return { z: x.slice(0, editor.z_dim), gains: x.slice(editor.z_dim).map((value) => 1 + value * editor.gain_unit), clamped };
+}
+
+// amounts: change of each attribute in its unit. Returns the edited car as predicted, and the attributes that end at the limit.
+export function predictEdit(car, amounts, editor) {
+  if (!editor || !isEdited(amounts)) return { ...car, clamped: [] };
+  const x = toInput(editor, car);
+  const start = predict(editor, x).values;
+  const { goal, clamped } = goalOf(editor, start, amounts);
+  return fromInput(editor, predictStep(editor, x, subtract(goal, start)), clamped);
+}
+
+// Edits a car, corrected by its measured attributes: yields cars to measure, takes their attributes, returns the edited car.
+export function* measureEdit(car, amounts, editor) {
+  if (!editor || !isEdited(amounts)) return { ...car, clamped: [] };
+  const standardise = (values) => values.map((value, k) => (value - editor.mean[k]) / editor.spread[k]);
+  const x = toInput(editor, car);
+  const start = standardise(yield fromInput(editor, x));
+  if (!start.every(Number.isFinite)) throw new PageError('This car cannot be measured, so it cannot be edited: choose another car.');
+  const { goal, clamped } = goalOf(editor, start, amounts);
+  const { jacobian } = predict(editor, x);
+  let moved = predictStep(editor, x, subtract(goal, start));
+  let best = x;
+  let atBest = start;
+  let least = Infinity;
+  for (let round = 0; round <= editor.rounds; round += 1) {
+    const reached = standardise(yield fromInput(editor, moved));
+    updateJacobian(jacobian, subtract(moved, best), subtract(reached, atBest));
+    const missing = subtract(goal, reached);
+    const error = dot(missing, missing);
+    if (error < least) [best, atBest, least] = [moved, reached, error];
+    if (least < editor.tolerance ** 2) break;
+    moved = add(best, smallestStep(jacobian, limit(subtract(goal, atBest), editor.max_step), editor.damping));
+  }
+  return fromInput(editor, best, clamped);
 }
 
 const isNumbers = (value) => Array.isArray(value) && value.length > 0 && value.every((v) => typeof v === 'number' && Math.abs(v) < 1e9);
@@ -122,10 +188,11 @@ const LISTS = ['z_a', 'z_b', 'latent', 'labels'];
 const FIELDS = ['z_a', 'z_b', 'latent', 'generator', 'labels', 'levels', 'mode', 'car_a', 'car_b', 'common', 'futuristic', 'channel_gains_a',
   'channel_gains_b', 'shown', 'edits'];
 
-function checkEdits({ amounts, z_a, z_b }, pair) {
+function checkEdits({ amounts, z_a, z_b, channel_gains_a, channel_gains_b }, pair) {
   const isRight = (z) => isNumbers(z) && z.length === pair.z_dim;
-  if (!isRight(z_a) || !isRight(z_b) || typeof amounts !== 'object' || amounts === null || !isNumbers(Object.values(amounts))) {
-    throw new PageError('This recipe is broken: edits hold amounts, and both latents before the edit.');
+  const areGains = (gains) => gains === null || gains === undefined || (isNumbers(gains) && gains.length === pair.n_gains);
+  if (!isRight(z_a) || !isRight(z_b) || !areGains(channel_gains_a) || !areGains(channel_gains_b) || typeof amounts !== 'object' || amounts === null || !isNumbers(Object.values(amounts))) {
+    throw new PageError('This recipe is broken: edits hold amounts, and both cars before the edit.');
   }
   const unknown = Object.keys(amounts).filter((name) => !pair.editor?.editable.includes(name));
   if (unknown.length) throw new PageError(`This recipe edits ${unknown.join(', ')}, which this page cannot.`);
@@ -172,26 +239,28 @@ export function parseRecipe(text, pair) {
   return { ...recipe, generator: rows };
 }
 
-export function writeRecipe(state, pair) {
+// edited: {a, b}, the cars as they are shown
+export function writeRecipe(state, edited, pair) {
   const labels = [...new Set([...Array(11).keys()].map((i) => i / 10).concat(state.position))].sort((x, y) => x - y);
   const rows = labels.map((label) => intensitiesAt(state.path, label));
   const amounts = Object.fromEntries(Object.entries(state.edits).filter(([, amount]) => amount !== 0));
-  const [z_a, z_b] = [state.a, state.b].map((car) => applyEdits(car.z, amounts, pair.editor).z);
+  const { a, b } = state;
+  const before = { z_a: a.z, z_b: b.z, channel_gains_a: a.gains, channel_gains_b: b.gains };
   return {
-    z_a,
-    z_b,
+    z_a: edited.a.z,
+    z_b: edited.b.z,
     latent: rows.map((row) => row.latent),
     generator: rows.map((row) => row.generator),
     labels,
     levels: state.levels,
     mode: 'norm',
-    car_a: state.a.name,
-    car_b: state.b.name,
+    car_a: a.name,
+    car_b: b.name,
     common: pair.common,
     futuristic: pair.futuristic,
-    channel_gains_a: state.a.gains,
-    channel_gains_b: state.b.gains,
+    channel_gains_a: edited.a.gains,
+    channel_gains_b: edited.b.gains,
     shown: labels.indexOf(state.position),
-    ...(Object.keys(amounts).length ? { edits: { amounts, z_a: state.a.z, z_b: state.b.z } } : {}),
+    ...(Object.keys(amounts).length ? { edits: { amounts, ...before } } : {}),
   };
 }

@@ -1,6 +1,6 @@
 // The page: state, controls and canvases. The graph runs in worker.js.
 
-import { applyEdits, decodeEditor, decodeLatents, intensitiesAt, PageError, parseRecipe, writeRecipe } from './model.js';
+import { decodeEditor, decodeLatents, intensitiesAt, measureEdit, PageError, parseRecipe, predictEdit, writeRecipe } from './model.js';
 
 const N_FRAMES = 9;
 const find = (selector) => document.querySelector(selector);
@@ -55,20 +55,46 @@ function paint(canvas, pixels) {
   context.drawImage(small, 0, 0, canvas.width, canvas.height);
 }
 
-let edited = { key: null };
+// The cars as they are shown: edited as predicted while a slider moves, corrected by measuring when it rests.
+let edited = null; // {a, b}
+let correction = null; // yields cars to measure
 
-function editCars() {
-  const key = JSON.stringify([state.a.z, state.b.z, state.edits]);
-  if (key === edited.key) return edited;
-  const [a, b] = [state.a, state.b].map((car) => applyEdits(car.z, state.edits, pair.editor));
-  edited = { key, z_a: a.z, z_b: b.z };
-  showClamped([...new Set([...a.clamped, ...b.clamped])]);
-  return edited;
+const isEdited = () => Object.values(state.edits).some((amount) => amount !== 0);
+
+function* correctBoth({ a, b }, edits) {
+  return { a: yield* measureEdit(a, edits, pair.editor), b: yield* measureEdit(b, edits, pair.editor) };
+}
+
+function setEdited(cars) {
+  edited = cars;
+  showClamped([...new Set([...cars.a.clamped, ...cars.b.clamped])]);
+}
+
+function editCars(isFinal) {
+  const edits = { ...state.edits };
+  setEdited({ a: predictEdit(state.a, edits, pair.editor), b: predictEdit(state.b, edits, pair.editor) });
+  correction = isFinal && isEdited() && pair.background ? { steps: correctBoth(state, edits), values: undefined } : null;
+  showMeasured();
+}
+
+async function correct() {
+  const { steps, values } = correction;
+  const current = correction;
+  const { value, done } = steps.next(values);
+  if (done) {
+    correction = null;
+    setEdited(value);
+    showMeasured();
+    showFrames();
+    stageSince ??= performance.now();
+    return;
+  }
+  current.values = await ask({ type: 'measure', car: { z: value.z, gains: value.gains } });
 }
 
 function inputsAt(position) {
-  const { z_a, z_b } = editCars();
-  return { z_a, z_b, ...intensitiesAt(state.path, position), levels: state.levels, gains_a: state.a.gains, gains_b: state.b.gains };
+  const { a, b } = edited;
+  return { z_a: a.z, z_b: b.z, ...intensitiesAt(state.path, position), levels: state.levels, gains_a: a.gains, gains_b: b.gains };
 }
 
 const generate = (position) => ask({ type: 'generate', inputs: inputsAt(position) });
@@ -84,7 +110,7 @@ async function work() {
   isBusy = true;
   document.body.dataset.state = 'busy';
   try {
-    while (stageSince !== null || stripQueue.length) {
+    while (stageSince !== null || correction || stripQueue.length) {
       if (stageSince !== null) {
         const since = stageSince;
         stageSince = null;
@@ -95,6 +121,8 @@ async function work() {
         shared.latencies.push(performance.now() - since);
         shared.first ??= performance.now();
         shared.ready = true;
+      } else if (correction) {
+        await correct();
       } else {
         const queue = stripQueue;
         const i = queue.shift();
@@ -113,10 +141,15 @@ async function work() {
   }
 }
 
+async function rest() {
+  while (isBusy) await new Promise((resolve) => { setTimeout(resolve, 20); });
+}
+
 function showStage() {
   stageSince ??= performance.now();
   const text = state.position.toFixed(2);
   find('#value').textContent = text;
+  fillTrack(slider, 0);
   slider.setAttribute('aria-valuetext', `${text}, from common to futuristic`);
   find('#stage').setAttribute('aria-label', `Blended car at intensity ${text}`);
   const nearest = Math.round(state.position * (N_FRAMES - 1));
@@ -124,11 +157,17 @@ function showStage() {
   work();
 }
 
-function showAll() {
+function showFrames() {
   stripQueue = [0, N_FRAMES - 1, ...Array.from({ length: N_FRAMES - 2 }, (_, i) => i + 1)];
+}
+
+function showAll(isEditing = true) {
+  if (isEditing) editCars(true);
+  showFrames();
   for (const end of document.querySelectorAll('.end')) {
     const name = state[end.dataset.end].name.replace('seed:', 'car ');
     end.querySelector('[data-name]').textContent = name;
+    end.querySelector('[data-number]').value = /^car \d+$/.test(name) ? name.slice(4) : '';
     end.querySelector('canvas').setAttribute('aria-label', `${end.dataset.end === 'a' ? 'Common' : 'Futuristic'} ${name}`);
   }
   showStage();
@@ -144,10 +183,10 @@ function select(position) {
 
 const carOf = (seed) => ({ z: latents[seed], gains: null, name: `seed:${seed}` });
 
-function renew(end) {
+function renew(end, chosen = null) {
   const isTaken = (seed) => [state.a, state.b].some((car) => car?.name === `seed:${seed}`);
-  let seed;
-  do seed = Math.floor(Math.random() * latents.length); while (isTaken(seed));
+  let seed = chosen;
+  while (seed === null || (chosen === null && isTaken(seed))) seed = Math.floor(Math.random() * latents.length);
   state[end] = carOf(seed);
   if (find('#same').checked) state[end === 'a' ? 'b' : 'a'] = carOf(seed);
   say('');
@@ -168,8 +207,10 @@ async function openRecipe(file) {
   if (file.size > 4_000_000) throw new PageError('This file is larger than 4 MB: open a recipe.json that carproto wrote.');
   const recipe = parseRecipe(await file.text(), pair);
   const { edits } = recipe;
-  state.a = { z: edits?.z_a ?? recipe.z_a, gains: recipe.channel_gains_a ?? null, name: recipe.car_a || 'car of the recipe' };
-  state.b = { z: edits?.z_b ?? recipe.z_b, gains: recipe.channel_gains_b ?? null, name: recipe.car_b || 'car of the recipe' };
+  const carsOf = (source) => ['a', 'b'].map((end) => ({
+    z: source[`z_${end}`], gains: source[`channel_gains_${end}`] ?? null, name: recipe[`car_${end}`] || 'car of the recipe', clamped: [],
+  }));
+  [state.a, state.b] = carsOf(edits ?? recipe);
   state.edits = { ...edits?.amounts };
   state.levels = recipe.levels ?? null;
   if (recipe.labels.length > 1) {
@@ -181,10 +222,28 @@ async function openRecipe(file) {
   say('The recipe is open.');
   state.position = Math.min(1, Math.max(0, recipe.labels[recipe.shown ?? Math.floor(recipe.labels.length / 2)]));
   slider.value = state.position;
-  showAll();
+  const [a, b] = carsOf(recipe);
+  correction = null;
+  setEdited({ a, b });
+  showMeasured();
+  showAll(false);
 }
 
 // body sliders
+
+// Colours the track of a slider between two shares of its length.
+function fillTrack(input, origin) {
+  const at = (Number(input.value) - Number(input.min)) / (Number(input.max) - Number(input.min));
+  input.style.setProperty('--from', `${100 * Math.min(at, origin)}%`);
+  input.style.setProperty('--to', `${100 * Math.max(at, origin)}%`);
+}
+
+function showMeasured() {
+  const hasEdits = isEdited();
+  find('#reset').disabled = !hasEdits;
+  const text = correction ? 'Measuring the edited cars \u2026' : 'Measured on both cars.';
+  find('#measured').textContent = hasEdits ? (pair.background ? text : 'Predicted: a change may differ from the number.') : '';
+}
 
 function formatAmount({ decimals, unit, scale }, amount) {
   const sign = amount > 0 ? '+' : amount < 0 ? '\u2212' : '';
@@ -216,14 +275,16 @@ function showEdits() {
     });
     const update = () => {
       output.textContent = formatAmount(shown[k], Number(input.value) * half);
+      fillTrack(input, 0.5);
       input.setAttribute('aria-valuetext', output.textContent);
     };
     input.addEventListener('input', () => {
       state.edits[name] = Number(input.value) * half;
       update();
+      editCars(false);
       showStage();
     });
-    input.addEventListener('change', showAll);
+    input.addEventListener('change', () => showAll());
     update();
     row.append(label, output, input, limit);
     return row;
@@ -266,15 +327,24 @@ const frames = Array.from({ length: N_FRAMES }, (_, i) => {
 function connect() {
   find('.strip').append(...frames);
   slider.addEventListener('input', () => select(Number(slider.value)));
-  document.querySelectorAll('.end').forEach((end) => end.querySelector('[data-new]').addEventListener('click', () => renew(end.dataset.end)));
+  document.querySelectorAll('.end').forEach((end) => {
+    end.querySelector('[data-new]').addEventListener('click', () => renew(end.dataset.end));
+    const number = end.querySelector('[data-number]');
+    number.max = latents.length - 1;
+    number.addEventListener('change', () => {
+      if (number.value !== '' && number.checkValidity()) renew(end.dataset.end, Number(number.value));
+      else say(`Choose a car from 0 to ${number.max}.`);
+    });
+  });
   find('#same').addEventListener('change', ({ target }) => {
     if (target.checked) state.b = state.a;
     else if (state.b === state.a) renew('b');
     showAll();
   });
   find('#png').addEventListener('click', () => find('#stage').toBlob((blob) => saveFile(`car_${state.position.toFixed(2)}.png`, blob)));
-  find('#save').addEventListener('click', () => {
-    saveFile('recipe.json', new Blob([JSON.stringify(writeRecipe(state, pair), null, 2)], { type: 'application/json' }));
+  find('#save').addEventListener('click', async () => {
+    await rest();
+    saveFile('recipe.json', new Blob([JSON.stringify(writeRecipe(state, edited, pair), null, 2)], { type: 'application/json' }));
   });
   find('#load').addEventListener('click', () => find('#file').click());
   find('#file').addEventListener('change', async ({ target }) => {
@@ -290,6 +360,7 @@ function connect() {
     state.edits = {};
     showEdits();
     showAll();
+    find('.edit input').focus(); // the button is disabled now
   });
 }
 
@@ -307,7 +378,7 @@ async function start() {
     state.path = pair.path;
     [state.a, state.b] = pair.start.map(carOf);
     shared.backend = backend;
-    document.querySelectorAll('main > section').forEach((section) => { section.hidden = false; });
+    find('.workspace').hidden = false;
     connect();
     showEdits();
     say('');

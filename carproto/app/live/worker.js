@@ -1,5 +1,7 @@
 // Runs the graph of the pair with onnxruntime-web, away from the page's own thread.
 
+import { measureCar } from './measure.js';
+
 let ort;
 let session;
 let sizes;
@@ -48,7 +50,8 @@ async function start({ backend, hasGpuFiles, pair }) {
 
 const warmUp = () => ({ z_a: Array(sizes.z_dim).fill(1), z_b: Array(sizes.z_dim).fill(1), latent: 0, generator: [0, 0] });
 
-async function generate({ z_a, z_b, latent, generator, levels, gains_a, gains_b }) {
+// The image of one car or blend, channel by channel, in [-1, 1].
+async function run({ z_a, z_b, latent, generator, levels, gains_a, gains_b }) {
   const tensor = (values, dims) => new ort.Tensor('float32', Float32Array.from(values), dims);
   const ones = Array(sizes.n_gains).fill(1);
   const feeds = {
@@ -61,7 +64,11 @@ async function generate({ z_a, z_b, latent, generator, levels, gains_a, gains_b 
     gains_b: tensor(gains_b ?? ones, [1, sizes.n_gains]),
   };
   const { images } = await session.run(feeds);
-  const values = await images.getData();
+  return images.getData();
+}
+
+async function generate(inputs) {
+  const values = await run(inputs);
   const n = sizes.size * sizes.size;
   const pixels = new Uint8ClampedArray(4 * n);
   for (let i = 0; i < n; i += 1) {
@@ -71,10 +78,18 @@ async function generate({ z_a, z_b, latent, generator, levels, gains_a, gains_b 
   return pixels;
 }
 
+async function measure({ z, gains }) {
+  const image = await run({ z_a: z, z_b: z, latent: 0, generator: [0, 0], gains_a: gains, gains_b: gains });
+  const values = measureCar(image, sizes.size, sizes.background);
+  return sizes.editor.names.map((name) => values[name]);
+}
+
 self.onmessage = async ({ data }) => {
   try {
     if (data.type === 'start') {
       self.postMessage({ id: data.id, result: await start(data) });
+    } else if (data.type === 'measure') {
+      self.postMessage({ id: data.id, result: await measure(data.car) });
     } else {
       const pixels = await generate(data.inputs);
       self.postMessage({ id: data.id, result: pixels }, [pixels.buffer]);
