@@ -86,7 +86,7 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "d4456bbda6267e9f34c55031efaa2d5261b691068e5442503f07e21bdf0c73e2",
     },
     "photo64/editor": {
-        "config.json": "f2577d7ecf6e0f2b9eceab7b2b0927e6ea7e19956bde6cbd0520ac4c5984fcfb",
+        "config.json": "1dfe8cf68be0ca418babfddefb945dd81d7a9d5a9c23248de220c92ec7a06cb9",
         "model.safetensors": "318821ddd628b9b60872b2835e7980b9065764f5d600be4d7aed093ed2e491d3",
     },
     "photo64/encoder": {
@@ -122,7 +122,7 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "cca52a47b2da26b672fd79c5bb24b252fdd3565599ec2e0935ef1eba71062913",
     },
     "toy64/editor": {
-        "config.json": "1d17cdd95280c56e9010747edd64396149ff61dc4db889758981a85259dd9286",
+        "config.json": "74ee73aedce8ea12492ef75cd38c88489eb59c8d22ec625d724182c8477e22bd",
         "model.safetensors": "d64621db153d8dc8bbbe72c7fa12559701b7cf954cf3bbfb5918ce54e05b0680",
     },
     "toy64/encoder": {

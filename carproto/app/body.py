@@ -125,7 +125,8 @@ def edit_recipe(
     z, gains = editor.edit(torch.tensor([before.z_a, before.z_b]), amounts, gains)
     edited = dict(zip(("z_a", "z_b"), z.tolist()))
     if gains is not None:
-        edited |= dict(zip(("channel_gains_a", "channel_gains_b"), gains.tolist()))
+        rows = [[round(value, 4) for value in row] for row in gains.tolist()]
+        edited |= dict(zip(("channel_gains_a", "channel_gains_b"), rows))
     return replace(recipe, **edited, edits={"amounts": dict(amounts), **ends})
 
 

@@ -112,6 +112,7 @@ def _describe_editor(editor: LatentEditor) -> dict:
         "sizes": [layers[0].in_features, *(layer.out_features for layer in layers)],
         "weights": base64.b64encode(numbers.astype("<f4").tobytes()).decode(),
         "z_dim": editor.z_dim,
+        "channels": list(editor.channels),
         "gain_unit": GAIN_UNIT,
         "steps": N_STEPS,
         "rounds": N_ROUNDS,

@@ -22,7 +22,7 @@ from torch.func import jacrev, vmap
 from ..config import CarprotoError
 from ..core import seeded
 from ..eval.attributes import HUE, Measure, rgb_to_lab
-from ..gan.sngan import Generator
+from ..gan.sngan import Generator, average_gains, expand_gains
 from carproto.weights import (
     check_shapes,
     find_weights,
@@ -67,9 +67,10 @@ MAX_ERROR = 0.25  # of the median edit, relative to the request, above which an 
 class LatentEditor:
     "Edit latents of one generator by attributes."
 
-    net: nn.Sequential  # latent and scaled channel gains (N, z_dim + n_gains) -> standardised attributes (N, K)
+    net: nn.Sequential  # latent and scaled gains (N, z_dim + sum of channels) -> standardised attributes (N, K)
     names: tuple[str, ...]  # of the K attributes
     z_dim: int  # of the latents
+    channels: tuple[int, ...]  # of the generator's blocks; an edit moves one gain for each
     mean: torch.Tensor  # (K,), of generated cars, in the attribute's unit
     spread: torch.Tensor  # (K,), standard deviation
     low: torch.Tensor  # (K,), 1st percentile of generated cars
@@ -85,19 +86,36 @@ class LatentEditor:
 
     @property
     def n_gains(self) -> int:
-        "Return the number of channel gains."
-        return self.net[0].in_features - self.z_dim
+        "Return the number of channel gains with their positions."
+        return expand_gains(torch.empty(1, sum(self.channels)), self.channels).shape[1]
+
+    def join(
+        self,
+        z: torch.Tensor,  # (N, z_dim)
+        channel_gains: torch.Tensor,  # (N, n_gains)
+    ) -> torch.Tensor:  # (N, z_dim + sum of channels), latents and scaled gains without positions
+        "Return the input of the network."
+        return torch.cat([z, (average_gains(channel_gains, self.channels) - 1) / GAIN_UNIT], 1)
+
+    def part(
+        self,
+        x: torch.Tensor,  # (N, z_dim + sum of channels)
+        by_position: torch.Tensor | float = 0.0,  # (N, n_gains), what channel gains add to those without positions
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # latents (N, z_dim) and channel gains (N, n_gains)
+        "Divide the input of the network."
+        gains = expand_gains(1 + GAIN_UNIT * x[:, self.z_dim :], self.channels)
+        return x[:, : self.z_dim], gains + by_position
 
     def standardise(
         self,
-        x: torch.Tensor,  # (N, z_dim + n_gains), latents and scaled channel gains
+        x: torch.Tensor,  # (N, z_dim + sum of channels)
+        by_position: torch.Tensor | float = 0.0,  # see `part`
     ) -> torch.Tensor:  # (N, K), in standard deviations from the mean
         "Measure the attributes of cars, or predict them where nothing measures."
         with torch.no_grad():
             if self.check is None:
                 return self.net(x)
-            values = self.check(x[:, : self.z_dim], 1 + GAIN_UNIT * x[:, self.z_dim :])
-        return (values - self.mean) / self.spread
+            return (self.check(*self.part(x, by_position)) - self.mean) / self.spread
 
 
 def make_net(
@@ -175,7 +193,9 @@ def _predict_step(net: nn.Module, x: torch.Tensor, change: torch.Tensor) -> torc
 
 
 @patch
-def _reach(self: LatentEditor, x: torch.Tensor, start: torch.Tensor, goal: torch.Tensor) -> torch.Tensor:
+def _reach(
+    self: LatentEditor, x: torch.Tensor, by_position: torch.Tensor, start: torch.Tensor, goal: torch.Tensor
+) -> torch.Tensor:
     "Move inputs (N, D) from attributes `start` to `goal` (N, K); keep the best of all rounds."
     moved = _predict_step(self.net, x, goal - start)
     if self.check is None:
@@ -184,7 +204,7 @@ def _reach(self: LatentEditor, x: torch.Tensor, start: torch.Tensor, goal: torch
     best, at_best = x, start
     least = torch.full((len(x),), torch.inf)
     for i in range(N_ROUNDS + 1):
-        reached = self.standardise(moved)
+        reached = self.standardise(moved, by_position)
         jacobian = _update(jacobian, moved - best, reached - at_best)
         error = (goal - reached).square().sum(1).nan_to_num(torch.inf)
         is_better = (error < least) & (least >= TOLERANCE**2)  # each car for itself, whatever the batch
@@ -211,12 +231,15 @@ def edit(
         return z, channel_gains
     latents = z.detach().reshape(-1, self.z_dim)
     gains = torch.ones(len(latents), self.n_gains) if channel_gains is None else channel_gains.detach()
-    x = torch.cat([latents, (gains.reshape(len(latents), -1) - 1) / GAIN_UNIT], 1)
-    start = self.standardise(x)
+    gains = gains.reshape(len(latents), -1)
+    x = self.join(latents, gains)
+    by_position = gains - self.part(x)[1]
+    start = self.standardise(x, by_position)
     if not torch.isfinite(start).all():
         raise CarprotoError("a car cannot be measured, so it cannot be edited: choose another car")
-    moved = self._reach(x, start, self._goal(start, amounts))
-    return moved[:, : self.z_dim].reshape(z.shape), (1 + GAIN_UNIT * moved[:, self.z_dim :]).reshape(*z.shape[:-1], -1)
+    moved = self._reach(x, by_position, start, self._goal(start, amounts))
+    latents, gains = self.part(moved, by_position)
+    return latents.reshape(z.shape), gains.reshape(*z.shape[:-1], -1)
 
 
 @patch
@@ -242,7 +265,7 @@ def save_editor(
 ) -> Path:  # the folder
     "Write an editor as safetensors and config.json."
     numbers = {name: getattr(editor, name).tolist() for name in _NUMBERS}
-    sizes = {"z_dim": editor.z_dim, "n_gains": editor.n_gains, "names": list(editor.names)}
+    sizes = {"z_dim": editor.z_dim, "channels": list(editor.channels), "names": list(editor.names)}
     return save_weights(editor.net, folder, {"kind": "editor", **sizes, "generator": editor.generator, **numbers})
 
 
@@ -253,10 +276,10 @@ def load_editor(
 ) -> LatentEditor:  # on the CPU
     "Read an editor back; raise `CarprotoError` for a damaged folder, or one of another generator."
     folder = find_weights(folder)
-    sizes = {"z_dim": whole(1, 4096), "n_gains": whole(0, 65536)}
+    sizes = {"z_dim": whole(1, 4096), "channels": many(whole(1, 16_384), 1, 8)}
     fields = {**sizes, "names": many(word(), 1, 64), "generator": word()}
     config = load_config(folder, "editor", {**fields, **{name: many(number(-1e9, 1e9), 1, 64) for name in _NUMBERS}})
-    names, n_inputs = tuple(config["names"]), config["z_dim"] + config["n_gains"]
+    names, n_inputs = tuple(config["names"]), config["z_dim"] + sum(config["channels"])
     if any(len(config[name]) != len(names) for name in _NUMBERS):
         raise CarprotoError(f"{folder} is damaged: its attributes have {len(names)} names; copy or download it again")
     if fingerprint is not None and config["generator"] != fingerprint:
@@ -265,4 +288,5 @@ def load_editor(
     net = read_weights(make_net(n_inputs, len(names), seeded(0)), folder / "model.safetensors")
     tensors = [torch.tensor(config[name], dtype=torch.float32) for name in _NUMBERS]
     net.eval().requires_grad_(False)
-    return LatentEditor(net, names, config["z_dim"], *tensors, generator=config["generator"], check=check)
+    options = {"generator": config["generator"], "check": check}
+    return LatentEditor(net, names, config["z_dim"], tuple(config["channels"]), *tensors, **options)

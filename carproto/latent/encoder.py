@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock
 from ..config import CarprotoError, check_size
 from ..core import pick_device, sample_latents
 from ..eval.perceptual import PerceptualDistance
-from ..gan.sngan import Generator
+from ..gan.sngan import Generator, expand_gains
 from ..images import to_tensor
 from carproto.weights import (
     check_shapes,
@@ -144,10 +144,7 @@ class StyleEncoder(LatentEncoder):
         h = self.features(images)
         with torch.autocast(images.device.type, enabled=False):
             projected = self.linear(self._shrink(images))
-        gains = 1 + self.to_gains(h).float()
-        first, later = gains[:, : self.channels[0]], gains[:, self.channels[0] :]
-        everywhere = first[:, :, None].expand(-1, -1, 64).flatten(1)  # the first block has 8 x 8 positions
-        return projected + self.fc(h).float(), torch.cat([everywhere, later], 1)
+        return projected + self.fc(h).float(), expand_gains(1 + self.to_gains(h).float(), self.channels)
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Return latents of norm sqrt(z_dim) (N, z_dim), and channel gains (N, n_channel_gains)."

@@ -16,7 +16,7 @@ from torch import nn
 from ..config import CarprotoError
 from ..core import seeded
 from ..eval.attributes import Measure
-from ..gan.sngan import Generator
+from ..gan.sngan import Generator, expand_gains
 from .edit import GAIN_UNIT, LatentEditor, latent_check, make_net
 
 # %% ../../nbs/6_latent/05_fit_editor.ipynb #09802d83
@@ -51,18 +51,20 @@ def fit_editor(
     source, check = seeded(seed), latent_check(G, measure, names)
     z = torch.randn(n, G.z_dim, generator=source)
     noise = _GAIN_NOISE / GAIN_UNIT * torch.rand(n, 1, generator=source) * (torch.arange(n) % 4 > 0)[:, None]
-    gains = noise * torch.randn(n, G.n_channel_gains, generator=source)
-    values = check(z, 1 + GAIN_UNIT * gains)
+    channels = tuple(shape[0] for shape in G.gain_shapes)
+    gains = noise * torch.randn(n, sum(channels), generator=source)
+    values = check(z, expand_gains(1 + GAIN_UNIT * gains, channels))
     is_good = torch.isfinite(values).all(1)
     if is_good.sum() < n / 2:
         raise CarprotoError(f"only {int(is_good.sum())} of {n} generated cars can be measured: are they aligned?")
     plain = values[is_good & (noise[:, 0] == 0)]
     mean, spread = plain.mean(0), plain.std(0).clamp_min(1e-6)
-    net = make_net(G.z_dim + G.n_channel_gains, len(names), source)
+    net = make_net(G.z_dim + sum(channels), len(names), source)
     _train(net, torch.cat([z, gains], 1)[is_good], (values[is_good] - mean) / spread, steps, source)
     low, high = plain.quantile(torch.tensor([0.01, 0.99]), dim=0)
     error = torch.zeros(len(names))
-    editor = LatentEditor(net, tuple(names), G.z_dim, mean, spread, low, high, error, G.fingerprint(), check)
+    sizes = (tuple(names), G.z_dim, channels)
+    editor = LatentEditor(net, *sizes, mean, spread, low, high, error, G.fingerprint(), check)
     if n_check:
         rows = evaluate_edits(editor, n=n_check, seed=seed + 1)
         editor.error = torch.tensor([rows[name]["error"] for name in names])

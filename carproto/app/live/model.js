@@ -140,13 +140,27 @@ function goalOf(editor, start, amounts) {
 
 const isEdited = (amounts) => Object.values(amounts).some((amount) => amount !== 0);
 
-function toInput(editor, car) {
-  const gains = car.gains ?? zeros(editor.sizes[0] - editor.z_dim).fill(1);
-  return [...car.z, ...gains.map((gain) => (gain - 1) / editor.gain_unit)];
+// The gains of the first block come first, 64 positions a channel; an edit moves all of a channel alike.
+function perChannel({ channels: [first] }, gains) {
+  const means = Array.from({ length: first }, (_, c) => gains.slice(64 * c, 64 * c + 64).reduce((sum, gain) => sum + gain, 0) / 64);
+  return [...means, ...gains.slice(64 * first)];
 }
 
-function fromInput(editor, x, clamped) {
-  return { z: x.slice(0, editor.z_dim), gains: x.slice(editor.z_dim).map((value) => 1 + value * editor.gain_unit), clamped };
+function toInput(editor, { z, gains }) {
+  const n = editor.sizes[0] - editor.z_dim;
+  const byChannel = gains ? perChannel(editor, gains) : zeros(n).fill(1);
+  return [...z, ...byChannel.map((gain) => (gain - 1) / editor.gain_unit)];
+}
+
+// car: the one that x0 = toInput(editor, car) came from; what its gains differ by position stays.
+function fromInput(editor, x, car, clamped) {
+  const x0 = toInput(editor, car);
+  const moved = x.slice(editor.z_dim).map((value, i) => (value - x0[editor.z_dim + i]) * editor.gain_unit);
+  const [first] = editor.channels;
+  const nGains = 63 * first + moved.length;
+  const before = car.gains ?? zeros(nGains).fill(1);
+  const gains = before.map((gain, i) => Math.round(1e4 * (gain + moved[i < 64 * first ? Math.floor(i / 64) : i - 63 * first])) / 1e4);
+  return { z: x.slice(0, editor.z_dim), gains, clamped };
 }
 
 // amounts: change of each attribute in its unit. Returns the edited car as predicted, and the attributes that end at the limit.
@@ -155,7 +169,7 @@ export function predictEdit(car, amounts, editor) {
   const x = toInput(editor, car);
   const start = predict(editor, x).values;
   const { goal, clamped } = goalOf(editor, start, amounts);
-  return fromInput(editor, predictStep(editor, x, subtract(goal, start)), clamped);
+  return fromInput(editor, predictStep(editor, x, subtract(goal, start)), car, clamped);
 }
 
 // Edits a car, corrected by its measured attributes: yields cars to measure, takes their attributes, returns the edited car.
@@ -163,7 +177,7 @@ export function* measureEdit(car, amounts, editor) {
   if (!editor || !isEdited(amounts)) return { ...car, clamped: [] };
   const standardise = (values) => values.map((value, k) => (value - editor.mean[k]) / editor.spread[k]);
   const x = toInput(editor, car);
-  const start = standardise(yield fromInput(editor, x));
+  const start = standardise(yield fromInput(editor, x, car));
   if (!start.every(Number.isFinite)) throw new PageError('This car cannot be measured, so it cannot be edited: choose another car.');
   const { goal, clamped } = goalOf(editor, start, amounts);
   const { jacobian } = predict(editor, x);
@@ -172,7 +186,7 @@ export function* measureEdit(car, amounts, editor) {
   let atBest = start;
   let least = Infinity;
   for (let round = 0; round <= editor.rounds; round += 1) {
-    const reached = standardise(yield fromInput(editor, moved));
+    const reached = standardise(yield fromInput(editor, moved, car));
     updateJacobian(jacobian, subtract(moved, best), subtract(reached, atBest));
     const missing = subtract(goal, reached);
     const error = dot(missing, missing);
@@ -180,7 +194,7 @@ export function* measureEdit(car, amounts, editor) {
     if (least < editor.tolerance ** 2) break;
     moved = add(best, smallestStep(jacobian, limit(subtract(goal, atBest), editor.max_step), editor.damping));
   }
-  return fromInput(editor, best, clamped);
+  return fromInput(editor, best, car, clamped);
 }
 
 const isNumbers = (value) => Array.isArray(value) && value.length > 0 && value.every((v) => typeof v === 'number' && Math.abs(v) < 1e9);
