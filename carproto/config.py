@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_SEED', 'MAX_WIDTH', 'MAX_Z_DIM', 'Fit', 'BlendMode', 'Precision', 'AUGMENTATIONS', 'PHOTO_INVERSION',
            'STYLE_INVERSION', 'CarprotoError', 'check_size', 'check_seed', 'check_numbers', 'split_policy',
-           'TrainConfig', 'JointConfig', 'FinetuneConfig', 'EncoderConfig', 'InvertConfig', 'DemoPlan']
+           'TrainConfig', 'JointOptions', 'JointConfig', 'FinetuneConfig', 'TuneConfig', 'EncoderConfig',
+           'InvertConfig', 'DemoPlan']
 
 # %% ../nbs/0_base/00_config.ipynb #eff0fcb2
 from dataclasses import asdict, dataclass
@@ -133,8 +134,8 @@ class TrainConfig:
 
 # %% ../nbs/0_base/00_config.ipynb #a7e51b2c
 @dataclass(frozen=True)
-class JointConfig(TrainConfig):
-    "Options of tuning a generator and its encoder together; those of `TrainConfig` hold too."
+class JointOptions:
+    "Options that joint tuning has beside those of training."
 
     encoder_width: int = 32  # channels of the encoder's first stage, a multiple of 8
     lr_e: float = 2e-4  # Adam's learning rate of the encoder
@@ -147,12 +148,20 @@ class JointConfig(TrainConfig):
     channel_gain_weight: float = 1.0  # weight of the channel gains' mean squared distance from 1
 
     def __post_init__(self):
-        super().__post_init__()
         _check(self, "encoder_width photo_batch", 1)
         _check(self, "lr_e lr_linear", above=True)
         _check(self, "pixel_weight perceptual_weight adversarial_weight white_weight channel_gain_weight")
         if self.encoder_width % 8:
             raise CarprotoError(f"encoder_width is {self.encoder_width}: choose a multiple of 8")
+
+
+@dataclass(frozen=True)
+class JointConfig(JointOptions, TrainConfig):
+    "Options of tuning a generator and its encoder together; those of `TrainConfig` hold too."
+
+    def __post_init__(self):
+        TrainConfig.__post_init__(self)
+        JointOptions.__post_init__(self)
 
 # %% ../nbs/0_base/00_config.ipynb #ffb04e82
 @dataclass(frozen=True)
@@ -175,10 +184,26 @@ class FinetuneConfig:
 
     def changes(self) -> dict:
         "Return keyword arguments for `finetune_freezed`."
-        changes = asdict(self)
-        if self.batch is None:
-            del changes["batch"]
-        return changes
+        return {name: value for name, value in asdict(self).items() if name != "batch" or value is not None}
+
+
+@dataclass(frozen=True)
+class TuneConfig(JointOptions):
+    "Options of one joint tuning; all others are the parent's."
+
+    steps: int = 20_000  # number of generator steps; may be raised when the run is resumed
+    batch: int | None = None  # batch size of either discriminator; None takes the parent's
+    seed: int = 0  # seed of the encoder's weights, order, latents and augmentation
+    report_every: int = 500  # steps between sample grids and measurements
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_seed(self.seed)
+        _check(self, "steps batch report_every", 1)
+
+    def changes(self) -> dict:
+        "Return the fields of `JointConfig` that differ from the parent's."
+        return {name: value for name, value in asdict(self).items() if name != "batch" or value is not None}
 
 # %% ../nbs/0_base/00_config.ipynb #f5b13c33
 @dataclass(frozen=True)

@@ -94,11 +94,16 @@ def sample_latents(
     n: int,  # number of latents
     z_dim: int,  # size of a latent
     seed: int = 0,  # the same seed gives the same latents
-) -> torch.Tensor:  # float32 (n, z_dim), standard normal, on the CPU
-    "Sample latents; latent i does not depend on `n`."
+    *,
+    truncation: float = 1.0,  # standard deviation, 0 to 1; 1 is the prior, less gives typical samples
+) -> torch.Tensor:  # float32 (n, z_dim), normal, on the CPU
+    "Sample latents; latent i does not depend on `n`; raise `CarprotoError` for a truncation that is no share."
+    if not 0 <= truncation <= 1:
+        raise CarprotoError(f"truncation is {truncation}: it must be from 0 to 1, and 1 truncates nothing")
     if not n:
         return torch.empty(0, z_dim)
-    return torch.cat([torch.randn(1, z_dim, generator=seeded(seed * 1_000_003 + i)) for i in range(n)])
+    z = torch.cat([torch.randn(1, z_dim, generator=seeded(seed * 1_000_003 + i)) for i in range(n)])
+    return z if truncation == 1 else truncation * z
 
 # %% ../nbs/0_base/01_core.ipynb #a004783b
 def progress(

@@ -105,30 +105,6 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "37124ff6f7f90c1cf5e2eff15b172bbe91b3a83680a5fe01bece07ed485186f1",
         "model.safetensors": "3b3137d444011f707afeacbb6c3689efd4b8051bd384aef73fb9f2207cbe36a2",
     },
-    "real64/common": {
-        "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",
-        "model.safetensors": "52b1d865bbf49434e9068490a857417ce1e7379acd0fef4bf58ac89c6b845e47",
-    },
-    "real64/common/discriminator": {
-        "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
-        "model.safetensors": "75760714c0038302226007991f163c2a6b15733a8176283f1e8c046fa9271677",
-    },
-    "real64/encoder": {
-        "config.json": "41df0ca1a35466f43a64e5f0747719ce3fe786257354f9904bfbffe21f7c031f",
-        "model.safetensors": "04527d8181964446d9a83dbd7bb12b8fa1a226bd5a21ee2cac92a94bc69a2213",
-    },
-    "real64/futuristic": {
-        "config.json": "3c0a50ac0f9533b59dd7efb51c92ef75e196d8887c025227a55e55376e67264c",
-        "model.safetensors": "c609c9a4806f0059fc53debbe4c91c9a3b3ce9fc498a0d4a966ef44a07e14110",
-    },
-    "real64/futuristic/discriminator": {
-        "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
-        "model.safetensors": "faf58318affbcb13facce6c73510e7cfd9e55f54bcdfbc587780e73ab00b1abd",
-    },
-    "real64/probe": {
-        "config.json": "c8d6b254af7b55f0a7e84001b499ed1f6d4db35c5d75ac167f002eea701acdc6",
-        "model.safetensors": "c972724f77bb0234dc57cd1b42d465b44fe62c56b5e445a00b50e79cdc927757",
-    },
     "toy32/common": {
         "config.json": "6cba53dd034a95a7798771a73b11fee38636453d408b7f3c74398409f18e7c90",
         "model.safetensors": "5f4ec040972d26ce37f943647f57475531180700a959a8594371f865f94f3ba1",

@@ -2,7 +2,7 @@
 
     python studies/blend.py toys   --common runs/common --futuristic runs/futuristic --encoder runs/encoder
     python studies/blend.py photos --common runs/common --futuristic runs/futuristic --encoder runs/encoder \\
-        --heldout HELDOUT.zip --concepts CONCEPTS_HELDOUT.zip --probe data/real64/probe --backbone MOBILENET.safetensors
+        --heldout HELDOUT.zip --concepts CONCEPTS_HELDOUT.zip --probe runs/probe --backbone MOBILENET.safetensors
 
 Where --probe does not exist yet, it is fitted on --train and --train-concepts first. One record goes to
 data/records/blend_NAME.json."""
@@ -85,7 +85,7 @@ def main() -> None:
     for option in ("heldout", "concepts", "train", "train-concepts", "backbone"):
         parser.add_argument(f"--{option}", default="", help="for photos: a folder or zip, or the MobileNetV2 file")
     parser.add_argument(
-        "--probe", type=Path, default=Path("data/real64/probe"), help="for photos: the futurism probe's folder"
+        "--probe", type=Path, default=Path("runs/probe"), help="for photos: the futurism probe's folder"
     )
     parser.add_argument("--extractor-size", type=int, default=96, help="pixels that the backbone sees")
     parser.add_argument("--n", type=int, default=200, help="pairs")

@@ -1,7 +1,7 @@
-"""Measure copies of training cars by released generators; the record holds distances and latents, no photo.
+"""Measure copies of training cars by a pair of generators; the record holds distances and latents, no photo.
 
     python studies/copies.py toys
-    python studies/copies.py photos --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip \\
+    python studies/copies.py photos --release PAIR --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip \\
         --concepts_heldout CONCEPTS_HELDOUT.zip
 
 For each generator: the copy rate, its limit, the distance ratios of generated and real cars, and the latents of the
@@ -26,7 +26,6 @@ from carproto.eval.metrics import (
 from carproto.gan.sngan import load_generator
 from carproto.images import to_tensor
 
-RELEASES = {"toys": "toy64", "photos": "real64"}
 SPOILT = {
     "blurred": lambda x: F.avg_pool2d(x, 3, 1, 1),
     "moved by 2 pixels": lambda x: torch.roll(x, (2, 2), (2, 3)),
@@ -83,7 +82,8 @@ def measure(
 def main() -> None:
     """Write data/records/copies_NAME.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=tuple(RELEASES))
+    parser.add_argument("name", choices=("toys", "photos"))
+    parser.add_argument("--release", default="toy64", help="name or folder of the pair; for photos, one of raw photos")
     for option in ("data", "heldout", "concepts", "concepts_heldout"):
         parser.add_argument(f"--{option}", help="for photos: zip or folder")
     parser.add_argument("--n", type=int, default=4000, help="generated cars")
@@ -102,7 +102,7 @@ def main() -> None:
         sets = {part: [open_cars(path, 64, split=None).images for path in both] for part, both in paths.items()}
     others = {"futuristic": sets["common"][1]}
     results = {
-        part: measure(f"{RELEASES[text.name]}/{part}", *both, text.n, text.seed, others.get(part))
+        part: measure(f"{text.release}/{part}", *both, text.n, text.seed, others.get(part))
         for part, both in sets.items()
     }
     path = save_record({"seed": text.seed, **results}, text.out / f"copies_{text.name}.json")

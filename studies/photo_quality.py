@@ -10,6 +10,7 @@ are unpicked, from three seeds of latents."""
 import argparse
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,17 +27,26 @@ from carproto.images import to_tensor
 from carproto.latent.encoder import reconstruct
 
 SEEDS = (0, 1, 2)  # of the latents
+SETS = ("data", "heldout", "concepts", "concepts_heldout")  # of photos: common and futuristic, seen and held out
 
 
-def measure_samples(G: torch.nn.Module, train: torch.Tensor, unseen: torch.Tensor, extractor, n: int) -> dict:
-    """Measure samples of one generator: mean and standard deviation over seeds of latents."""
+def measure_samples(
+    G: torch.nn.Module, train: torch.Tensor, unseen: torch.Tensor, extractor, n: int, truncations: list[float]
+) -> dict:
+    """Measure samples of one generator: mean and standard deviation over seeds of latents, and where truncated."""
     evaluator = Evaluator(unseen, extractor, train=train)
-    rows = [evaluator.evaluate_images(generate_images(G, n, seed=seed)) for seed in SEEDS]
     names = ("kid", "precision", "recall", "density", "coverage", "copy_rate")
     result = {"n_train": len(train), "n_heldout": len(unseen), "n_samples": n, "seeds": list(SEEDS)}
-    for name in names:
-        values = [row[name] for row in rows]
-        result[name] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
+    by_truncation = {}
+    for psi in dict.fromkeys((1.0, *truncations)):
+        rows = [evaluator.evaluate_images(generate_images(G, n, seed=seed, truncation=psi)) for seed in SEEDS]
+        by_truncation[f"{psi:g}"] = {
+            name: {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
+            for name, values in ((name, [row[name] for row in rows]) for name in names)
+        }
+    result |= by_truncation["1"]
+    if len(by_truncation) > 1:
+        result["by_truncation"] = by_truncation
     some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:n]]
     real = evaluator.evaluate_images(to_tensor(some))
     result["training_photos"] = {name: real[name] for name in names if name != "copy_rate"}
@@ -57,47 +67,67 @@ def measure_inversions(images: torch.Tensor, x: torch.Tensor, extractor, lpips: 
     }
 
 
-def read_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def measure_inversion(pipe: CarPipeline, photos: torch.Tensor, extractor, arguments: argparse.Namespace) -> dict:
+    """Measure inversions by the encoder alone, and refined ones."""
+    x = to_tensor(photos)
+    background = AlignConfig(aspect=arguments.aspect).background
+    compared = {"x": x, "extractor": extractor, "lpips": Lpips(arguments.squeezenet), "background": background}
+    by_encoder = torch.cat([reconstruct(pipe.encoder, pipe.common, part) for part in x.split(64)])
+    result = {"n": len(x), "encoder": measure_inversions(by_encoder, **compared)}
+    if arguments.steps:
+        with torch.enable_grad():
+            refined = pipe.encode(x, config=with_steps(pipe, arguments.steps), warn=False, quiet=False)
+        result["refined"] = measure_inversions(refined.images, **compared)
+        result |= {"steps": arguments.steps, "seconds_each": refined.seconds.mean().item()}
+    return result
+
+
+def make_parser(description: str, out: str) -> argparse.ArgumentParser:
+    """Make a parser with what a study of a released photo pair takes: the pair, its four sets, and how they open."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("release", help="name or folder of the pair")
-    for name in ("data", "heldout", "concepts", "concepts_heldout", "extractor", "squeezenet"):
+    for name in (*SETS, "extractor"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--masks", type=Path, help="folder with a folder of masks for each set; default: beside it")
     parser.add_argument("--aspect", type=float, help="width by height of squashed photos; default: their own")
-    parser.add_argument("--n_samples", type=int, default=1000, help="generated images a seed")
-    parser.add_argument("--n_inverted", type=int, default=500, help="held-out photos that are inverted")
-    parser.add_argument("--steps", type=int, default=InvertConfig().steps, help="of the refinement")
-    parser.add_argument("--out", type=Path, default=Path("data/records/photo_quality.json"))
+    parser.add_argument("--steps", type=int, default=InvertConfig().steps, help="of the refinement, in each pass")
+    parser.add_argument("--out", type=Path, default=Path("data/records") / out)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
-    return parser.parse_args(argv)
+    return parser
+
+
+def open_sets(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """Open the four sets as aligned cars, uint8."""
+    return {name: open_aligned(getattr(arguments, name), arguments).images for name in SETS}
+
+
+def with_steps(pipe: CarPipeline, steps: int) -> InvertConfig:
+    """Return a pipeline's inversion with another number of steps."""
+    return replace(pipe.inversion, steps=steps)
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Measure and write the record."""
-    arguments = read_arguments(argv)
+    parser = make_parser(__doc__.splitlines()[0], "photo_quality.json")
+    parser.add_argument("--squeezenet", type=Path, required=True)
+    parser.add_argument("--n_samples", type=int, default=1000, help="generated images a seed")
+    parser.add_argument("--n_inverted", type=int, default=500, help="held-out photos that are inverted; 0 inverts none")
+    parser.add_argument(
+        "--truncation", type=float, nargs="+", default=[1.0], help="of the latents, 0 to 1; 1 is measured always"
+    )
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     pipe = CarPipeline.from_pretrained(arguments.release)
     extractor = mobilenet_extractor(arguments.extractor, 96)
-    names = ("data", "heldout", "concepts", "concepts_heldout")
-    sets = {name: open_aligned(getattr(arguments, name), arguments).images for name in names}
+    sets = open_sets(arguments)
     record = {"release": arguments.release, "fingerprints": pipe.fingerprints, "extractor": extractor.name}
-    options = {"extractor": extractor, "n": arguments.n_samples}
+    options = {"extractor": extractor, "n": arguments.n_samples, "truncations": arguments.truncation}
     record["common"] = measure_samples(pipe.common, sets["data"], sets["heldout"], **options)
     if pipe.futuristic is not None:
         record["futuristic"] = measure_samples(pipe.futuristic, sets["concepts"], sets["concepts_heldout"], **options)
-    x = to_tensor(sets["heldout"][: arguments.n_inverted])
-    background = AlignConfig(aspect=arguments.aspect).background
-    compared = {"x": x, "extractor": extractor, "lpips": Lpips(arguments.squeezenet), "background": background}
-    by_encoder = torch.cat([reconstruct(pipe.encoder, pipe.common, part) for part in x.split(64)])
-    record["inversion"] = {"n": len(x), "encoder": measure_inversions(by_encoder, **compared)}
-    if arguments.steps:
-        with torch.enable_grad():
-            config = InvertConfig(**{**vars(pipe.inversion), "steps": arguments.steps})
-            refined = pipe.encode(x, config=config, warn=False, quiet=False)
-        record["inversion"]["refined"] = measure_inversions(refined.images, **compared)
-        record["inversion"] |= {"steps": arguments.steps, "seconds_each": refined.seconds.mean().item()}
+    if arguments.n_inverted:
+        record["inversion"] = measure_inversion(pipe, sets["heldout"][: arguments.n_inverted], extractor, arguments)
     save_and_print(record, arguments.out)
 
 

@@ -1,8 +1,8 @@
 """Train a pair of generators and their encoder on photos, from nothing to a release; resumes when stopped.
 
-    python studies/train_release.py real64 --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip \\
+    python studies/train_release.py raw64 --data COMMON.zip --heldout HELDOUT.zip --concepts CONCEPTS.zip \\
         --concepts_heldout CONCEPTS_HELDOUT.zip --backbone MOBILENET.safetensors  # 64 px, two hours on a CPU
-    python studies/train_release.py real128 ... --size 128 --width 64 --batch 128 --d_steps 2 --beta2 0.99 \\
+    python studies/train_release.py raw128 ... --size 128 --width 64 --batch 128 --d_steps 2 --beta2 0.99 \\
         --steps 30000 40000 5000 6000  # a GPU
 
 In order: train on common cars, shorten the code to the directions that show and let it settle, fine-tune on concept
@@ -28,7 +28,7 @@ from carproto.run import RunFolder
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="of the release, such as real64")
+    parser.add_argument("name", help="of the release, such as raw64")
     sources = {
         "data": "photos of common cars",
         "heldout": "held-out ones",

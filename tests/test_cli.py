@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from carproto.app.cli import COMMANDS, main, parse
-from carproto.config import PHOTO_INVERSION, DemoPlan, EncoderConfig, FinetuneConfig, TrainConfig
+from carproto.config import PHOTO_INVERSION, DemoPlan, EncoderConfig, FinetuneConfig, TrainConfig, TuneConfig
 from carproto.toycars.dataset import ToyCars
 
 CARPROTO = Path(sys.executable).parent / "carproto"
@@ -109,7 +109,7 @@ def test_help_is_to_the_point(name, option, words, capsys):
 
 def test_every_default_is_the_dataclass_of_its_stage():
     assert parse(["train"]).config == TrainConfig() and parse(["train_encoder"]).config == EncoderConfig()
-    assert parse(["finetune"]).config == FinetuneConfig()
+    assert parse(["finetune"]).config == FinetuneConfig() and parse(["tune"]).config == TuneConfig()
     assert parse(["encode", "cars"]).refine == parse(["blend", "seed:1", "seed:2"]).refine == PHOTO_INVERSION
     assert parse(["demo"]).plan == DemoPlan()
 
@@ -159,9 +159,32 @@ def test_bad_pictures_are_skipped_and_counted(cars, tmp_path, run):
     assert json.loads((tmp_path / "run" / "data.json").read_text())["n_skipped"] == 3
 
 
+def test_tune_goes_on_and_feeds_finetune_and_blend(cars, tmp_path, run):
+    """The run holds a generator and its encoder, and takes its parent's networks; a blend starts from a photo."""
+    assert run("train", "--data", cars, "--run", "parent", "--steps", "2", "--z_dim", "16", *TINY)[0] == 0
+    line = ["tune", "--source", "parent", "--data", cars, "--run", "tuned", "--encoder_width", "8", "--report_every", 2]
+    code, printed, errors = run(*line, "--steps", "3")
+    assert code == 0 and "of the variance of 5 held-out images" in printed, errors[-800:]
+    code, printed, errors = run(*line, "--steps", "5")  # resumes, and takes the last generator, the encoder's
+    assert code == 0 and "next: carproto finetune --source tuned" in printed, errors[-800:]
+    rows = [json.loads(row) for row in (tmp_path / "tuned" / "stats.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "photo_r2" in row] == [2, 3, 4, 5]
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert (config["size"], config["width"], config["batch"], config["steps"]) == (16, 4, 8, 5)
+    encoder = json.loads((tmp_path / "tuned" / "final" / "encoder" / "config.json").read_text())
+    assert encoder["steps"] == 5 and encoder["photo_rms_99"] > 0
+    code, printed, errors = run("finetune", "--source", "tuned", "--data", cars, "--run", "child", "--steps", "2")
+    assert code == 0 and "carproto blend CAR seed:8" in printed, errors[-800:]
+    pair = ["--common", "tuned", "--futuristic", "child", "--encoder", "tuned", "--refine.steps", "2"]
+    code, _, errors = run("blend", cars / "images" / "toy_000003.png", "seed:8", *pair, "--intensity", "0:1:3")
+    assert code == 0 and (tmp_path / "runs" / "blend" / "frame_0.500.png").exists(), errors[-800:]
+
+
 @pytest.mark.parametrize(
     "line, expected",
     [
+        (["tune", "--source", "nowhere"], "nowhere holds no generator"),
+        (["tune", "--lr_e", "0"], "lr_e is 0.0: it must be above 0"),
         (["train", "--data", "nowhere"], "nowhere"),
         (["train", "--data", "empty"], "empty"),
         (["train", "--data", ""], "a path is empty"),

@@ -135,4 +135,4 @@ def test_tutorial_opens_and_installs_in_colab(path):
     badge = f"[![Open in Colab]({COLAB}/assets/colab-badge.svg)]({link})"
     assert cells[1].source == badge and cells[1].cell_type == "markdown"
     (setup,) = (cell.source for cell in cells if "git clone" in cell.source)
-    assert setup == SETUP.format(extras=(re.findall(r"\[\w+\]", setup) or [""])[0])
+    assert setup == SETUP.format(extras=(re.findall(r"\[[\w,]+\]", setup) or [""])[0])

@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT / "studies"))
 import _record as study_record  # noqa: E402
 import freezed as study_freezed  # noqa: E402
 import parity as study_parity  # noqa: E402
+import photo_blends as study_blends  # noqa: E402
 import train_release as train_pair  # noqa: E402
 import training_recipe as study_recipe  # noqa: E402
 
@@ -291,3 +292,25 @@ def test_pair_from_photos_to_release_in_pieces(photos, tmp_path):
     assert (
         load_generator(parts["futuristic"], "cpu").fingerprint() == futuristic.fingerprint()
     )  # all was done: nothing is trained again
+
+
+def test_a_blend_is_unrealistic_where_one_frame_is_far_from_all_photos():
+    train = torch.eye(40)
+    unseen = train + torch.linspace(0, 1, 40)[:, None] * torch.ones(40) / 40**0.5  # 0 to about 1 away
+    frames = train[:12].clone()  # of three pairs
+    frames[5] += 10
+    realism = study_blends.measure_realism(frames, 4, train, unseen)
+    assert realism["share_of_pairs_with_a_frame_beyond"] == pytest.approx(1 / 3)
+    assert realism["share_beyond_by_intensity"] == pytest.approx([0, 1 / 3, 0, 0])
+    assert 0.9 < realism["limit"] < 1  # 95 % of the held-out photos are nearer
+
+
+def test_one_inversion_is_taken_out_of_many():
+    from carproto.app.photos import PhotoInversion
+
+    rows = {name: torch.arange(3.0)[:, None] for name in ("z", "z_start", "channel_gains", "channel_gains_start")}
+    images = {name: torch.zeros(3, 3, 4, 4) for name in ("images", "images_start")}
+    numbers = {name: torch.arange(3.0) for name in ("distance", "distance_start", "rms", "seconds", "rms_latent")}
+    many = PhotoInversion(**rows, **images, **numbers, names=["a", "b", "c"], outliers=[2], has_channel_gains=True)
+    one = study_blends.select(many, 1)
+    assert one.car(0) == ([1.0], [1.0]) and one.names == ["b"] and one.outliers == []

@@ -20,7 +20,7 @@ from carproto.app.pipeline import CarPipeline
 from carproto.config import CarprotoError
 from carproto.files import folder_aside, load_json, save_json
 from carproto.gan.sngan import load_generator, save_discriminator, save_generator
-from carproto.gan.train import load_discriminator
+from carproto.gan.train import find_generator, load_discriminator
 from carproto.latent.edit import save_editor
 from carproto.latent.encoder import load_encoder, save_encoder
 from carproto.latent.train_encoder import evaluate_encoder
@@ -30,12 +30,6 @@ from carproto.weights import IN_REPOSITORY
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
 PATH_FIELDS = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
 LIMIT_MB = 24
-
-
-def find_generator(run: Path) -> Path:
-    """Find the generator to release: the last of a joint run, beside its encoder; of others that of lowest KID."""
-    is_joint = (run / "final" / "encoder").exists()
-    return run / ("best" if (run / "best").exists() and not is_joint else "final")
 
 
 def release_generator(run: Path, folder: Path) -> None:

@@ -150,7 +150,8 @@ def sample_cars(
     seed: int,  # the same seed gives the same two cars
 ) -> None:
     "Choose two new cars at random."
-    latents = sample_latents(2, self.pipeline.common.z_dim, seed).tolist()
+    pipeline = self.pipeline
+    latents = sample_latents(2, pipeline.common.z_dim, seed, truncation=pipeline.truncation).tolist()
     with self._lock:
         with self.without_events():
             chosen = [self.cars.add(f"seed {seed}{end}", latent) for end, latent in zip("ab", latents)]

@@ -33,12 +33,13 @@ def name_car(
 def latent_of_seed(
     text: str,  # such as "seed:7"
     z_dim: int,  # numbers of a latent
+    truncation: float = 1.0,  # of the latent, 0 to 1; 1 is the prior
 ) -> torch.Tensor:  # (z_dim,)
     "Sample the latent of a seed; raise `CarprotoError` for what is no seed."
     number = text.removeprefix("seed:")
     if not (number.isascii() and number.isdigit()):
         raise CarprotoError(f"{text!r} is no seed: write a whole number, such as seed:7")
-    return sample_latents(1, z_dim, seed=check_seed(int(number)))[0]
+    return sample_latents(1, z_dim, seed=check_seed(int(number)), truncation=truncation)[0]
 
 # %% ../../nbs/8_app/01_cars.ipynb #63c7962f
 class GeneratedCars:

@@ -28,6 +28,7 @@ from carproto.app.options import (
     Subspace,
     Train,
     TrainEncoder,
+    Tune,
 )
 from ..config import CarprotoError
 
@@ -38,6 +39,7 @@ COMMANDS = {  # sub-command: dataclass of its options
     "curate": Curate,
     "label": Label,
     "train": Train,
+    "tune": Tune,
     "finetune": Finetune,
     "subspace": Subspace,
     "train_encoder": TrainEncoder,
@@ -97,6 +99,7 @@ def run(
         Curate: commands.curate,
         Label: notebook_commands.label,
         Train: commands.train,
+        Tune: latent_commands.tune,
         Finetune: commands.finetune,
         Subspace: commands.subspace,
         TrainEncoder: latent_commands.train_encoder,

@@ -16,7 +16,7 @@ from ..config import CarprotoError
 
 # %% ../../nbs/8_app/29_option_types.ipynb #1845fcde
 def expand_path(
-    text: str,  # as typed: a path, or a name such as "toycars" or "real64"
+    text: str,  # as typed: a path, or a name such as "toycars" or "photo64"
 ) -> str:  # with the home folder in place of ~
     "Expand `~`; raise `CarprotoError` for an empty path."
     if not text:

@@ -78,16 +78,19 @@ def generate(
     seed: int = 0,  # of the latents
     kind: str = "common",  # which generator: common or futuristic
     *,
+    truncation: float | None = None,  # of the latents, 0 to 1: less gives more typical cars; None: the pipeline's
     z: torch.Tensor | None = None,  # (N, z_dim) latents, in place of `n` and `seed`
     channel_gains: torch.Tensor | None = None,  # (N, n_channel_gains), as `encode` refines them; None means 1
 ) -> torch.Tensor:  # float (N, 3, size, size) in [-1, 1], on the CPU
     "Generate cars, and store their latents under hashes of the images, so that `blend` need not invert them."
     G = self.generator(kind)
     device = next(G.parameters()).device
-    latents = sample_latents(n, G.z_dim, check_seed(seed)) if z is None else z
-    inputs = [latents.to(device)] if channel_gains is None else [latents.to(device), channel_gains.to(device)]
+    if z is None:
+        truncation = self.truncation if truncation is None else truncation
+        z = sample_latents(n, G.z_dim, check_seed(seed), truncation=truncation)
+    inputs = [z.to(device)] if channel_gains is None else [z.to(device), channel_gains.to(device)]
     images = G(*inputs).cpu()
-    self._generated.add(images, latents, channel_gains)
+    self._generated.add(images, z, channel_gains)
     return images
 
 # %% ../../nbs/8_app/03_pipeline.ipynb #64229ac9
@@ -158,7 +161,7 @@ def prepare_latent(
 ) -> tuple[list[float], list[float] | None]:  # latent, and channel gains where they were refined
     "Return the latent of a car; invert images that `generate` did not make; raise `CarprotoError` for anything else."
     if isinstance(car, str) and car.startswith("seed:"):
-        return latent_of_seed(car, self.common.z_dim).tolist(), None
+        return latent_of_seed(car, self.common.z_dim, self.truncation).tolist(), None
     if isinstance(car, torch.Tensor) and car.ndim == 1:
         if len(car) != self.common.z_dim:
             text = f"a latent of {len(car)} numbers is no car of this generator"

@@ -69,9 +69,12 @@ def calibrate_in_pieces(
     if keep not in (None, "latent", "generator"):
         raise CarprotoError(f"{keep!r} cannot be kept: choose latent or generator, or None")
 
+    recipe.check_generators(*generators)  # once: a hash of all weights takes as long as some frames
+
     def generate(latent: torch.Tensor, generator: torch.Tensor) -> torch.Tensor:
         w = latent.tolist()
-        return replace(recipe, latent=w, generator=generator.tolist(), labels=w).generate(*generators)
+        moved = replace(recipe, latent=w, generator=generator.tolist(), labels=w)
+        return moved.generate_frames(*generators, range(len(w)))
 
     def generate_kept(raw: torch.Tensor) -> torch.Tensor:
         fixed = _values_at(getattr(recipe, keep), recipe.labels, raw)

@@ -41,7 +41,7 @@ class BlendRecipe:
     channel_gains_a: list[float] | None = None  # of the first car, from `invert`; None is 1
     channel_gains_b: list[float] | None = None  # of the second car
     shown: int | None = None  # index of the frame on view; None for all
-    edits: dict | None = None  # "amounts" by attribute, and latents and gains before the edit; None without edits
+    edits: dict | None = None  # "amounts" by attribute, and latents and channel gains before; None without edits
 
     def generate(
         self,
@@ -49,12 +49,20 @@ class BlendRecipe:
         futuristic: Generator,  # its fine-tuned child
     ) -> torch.Tensor:  # float (n, 3, size, size) in [-1, 1]
         "Generate the frames; raise `CarprotoError` with generators other than the recipe's."
+        self.check_generators(common, futuristic)
+        return self.generate_frames(common, futuristic, range(len(self.latent)))
+
+    def check_generators(
+        self,
+        common: Generator,  # of common cars
+        futuristic: Generator,  # its fine-tuned child
+    ) -> None:
+        "Raise `CarprotoError` for generators other than the recipe's."
         for name, G in (("common", common), ("futuristic", futuristic)):
             if getattr(self, name) not in ("", G.fingerprint()):
                 fingerprint = getattr(self, name)
                 text = f"this recipe was made with another {name} generator"
                 raise CarprotoError(f"{text} ({fingerprint}): give that one")
-        return self.generate_frames(common, futuristic, range(len(self.latent)))
 
 # %% ../../nbs/7_blend/04_recipe.ipynb #e5a9b164
 @patch

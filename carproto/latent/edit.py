@@ -67,7 +67,7 @@ MAX_ERROR = 0.25  # of the median edit, relative to the request, above which an 
 class LatentEditor:
     "Edit latents of one generator by attributes."
 
-    net: nn.Sequential  # latent and scaled gains (N, z_dim + sum of channels) -> standardised attributes (N, K)
+    net: nn.Sequential  # latent and scaled channel gains (N, z_dim + sum of channels) -> standardised attributes (N, K)
     names: tuple[str, ...]  # of the K attributes
     z_dim: int  # of the latents
     channels: tuple[int, ...]  # of the generator's blocks; an edit moves one gain for each
@@ -93,7 +93,7 @@ class LatentEditor:
         self,
         z: torch.Tensor,  # (N, z_dim)
         channel_gains: torch.Tensor,  # (N, n_gains)
-    ) -> torch.Tensor:  # (N, z_dim + sum of channels), latents and scaled gains without positions
+    ) -> torch.Tensor:  # (N, z_dim + sum of channels), latents and scaled channel gains without positions
         "Return the input of the network."
         return torch.cat([z, (average_gains(channel_gains, self.channels) - 1) / GAIN_UNIT], 1)
 
