@@ -86,8 +86,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "d4456bbda6267e9f34c55031efaa2d5261b691068e5442503f07e21bdf0c73e2",
     },
     "photo64/editor": {
-        "config.json": "f2577d7ecf6e0f2b9eceab7b2b0927e6ea7e19956bde6cbd0520ac4c5984fcfb",
-        "model.safetensors": "318821ddd628b9b60872b2835e7980b9065764f5d600be4d7aed093ed2e491d3",
+        "config.json": "979aaee8fcb9602785ba97ad2f79832d4b1027338095e331e1a44f3dc7d676e1",
+        "model.safetensors": "6f09bbf24ef7e976f6dc42563ae566af3b5372462f0a75f25475b85b03f3b0fc",
     },
     "photo64/encoder": {
         "config.json": "032a00edc61602fc503ea3fd31ee065ce8fa1bf69a2c6aa63fb61b8a8c3dc312",
@@ -146,8 +146,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "cca52a47b2da26b672fd79c5bb24b252fdd3565599ec2e0935ef1eba71062913",
     },
     "toy64/editor": {
-        "config.json": "1d17cdd95280c56e9010747edd64396149ff61dc4db889758981a85259dd9286",
-        "model.safetensors": "d64621db153d8dc8bbbe72c7fa12559701b7cf954cf3bbfb5918ce54e05b0680",
+        "config.json": "eb84f77f99aa917944078e474b4f67cd4750749e0278d7431763d63358b183a2",
+        "model.safetensors": "d4f67392475ea2a1d5d271ebd7d257a000ac81bfd1d60efaed3520736a112918",
     },
     "toy64/encoder": {
         "config.json": "aabb1a912ac663b3c73192d6922e1dc732eaec5c748cf4ca85e9e44549fd6dbf",

@@ -41,7 +41,7 @@ class BlendRecipe:
     channel_gains_a: list[float] | None = None  # of the first car, from `invert`; None is 1
     channel_gains_b: list[float] | None = None  # of the second car
     shown: int | None = None  # index of the frame on view; None for all
-    edits: dict | None = None  # "amounts" by attribute, and latents and gains before the edit; None without edits
+    edits: dict | None = None  # "amounts" by attribute; latents and channel gains before the edit; None: no edits
 
     def generate(
         self,
