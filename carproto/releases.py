@@ -86,8 +86,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "d4456bbda6267e9f34c55031efaa2d5261b691068e5442503f07e21bdf0c73e2",
     },
     "photo64/editor": {
-        "config.json": "1dfe8cf68be0ca418babfddefb945dd81d7a9d5a9c23248de220c92ec7a06cb9",
-        "model.safetensors": "318821ddd628b9b60872b2835e7980b9065764f5d600be4d7aed093ed2e491d3",
+        "config.json": "1a310af43437b2a07e28922f5be02c2cb35113152d7ea49069d85ddde12bb7a2",
+        "model.safetensors": "6f09bbf24ef7e976f6dc42563ae566af3b5372462f0a75f25475b85b03f3b0fc",
     },
     "photo64/encoder": {
         "config.json": "478f1fd2c5c3537026b4f64ed1deefe33c466c8f2dd79571c68ebafac3b62f19",
@@ -122,8 +122,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "cca52a47b2da26b672fd79c5bb24b252fdd3565599ec2e0935ef1eba71062913",
     },
     "toy64/editor": {
-        "config.json": "74ee73aedce8ea12492ef75cd38c88489eb59c8d22ec625d724182c8477e22bd",
-        "model.safetensors": "d64621db153d8dc8bbbe72c7fa12559701b7cf954cf3bbfb5918ce54e05b0680",
+        "config.json": "a00d5f38df77c96407ea9cb8f4aaae9252bfc644ee4389f8805704c105269393",
+        "model.safetensors": "d4f67392475ea2a1d5d271ebd7d257a000ac81bfd1d60efaed3520736a112918",
     },
     "toy64/encoder": {
         "config.json": "aabb1a912ac663b3c73192d6922e1dc732eaec5c748cf4ca85e9e44549fd6dbf",
