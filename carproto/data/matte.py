@@ -51,22 +51,15 @@ def count_steps(
     return ndimage.distance_transform_cdt(~is_car, "taxicab")
 
 # %% ../../nbs/3_data/02_matte.ipynb #0faa8745
-def _octagonal(is_inside: np.ndarray) -> np.ndarray:
-    "Return the distance (H, W) of each pixel inside to the outside, in a metric whose circles are octagons."
-    steps = ndimage.distance_transform_cdt(is_inside, "taxicab")
-    return np.maximum(ndimage.distance_transform_cdt(is_inside, "chessboard"), steps / math.sqrt(2))
-
-
 def _trim(mask: np.ndarray, radius: int) -> np.ndarray:
-    "Make parts of a mask (H, W) transparent that are thinner than an octagon, or that hang on such parts."
-    car = np.pad(fill_holes(main_part(mask > 0.5)[0]), radius + 1, mode="edge")
-    core = _octagonal(car) > radius
+    "Make parts of a mask (H, W) transparent that are thinner than a square of 2 radius + 1 pixels, or hang on such parts."
+    side = 2 * radius + 1
+    car = np.pad(fill_holes(main_part(mask > 0.5)[0]), side, mode="edge").view(np.uint8)
+    core = ndimage.minimum_filter(car, side)
     if not core.any():
         return mask
-    opened = _octagonal(~core) <= radius
-    rim = radius + 1
-    kept = main_part((opened & car)[rim:-rim, rim:-rim])[0]
-    kept = count_steps(kept) <= max(1, radius // 2)
+    opened = ndimage.maximum_filter(core, side)[side:-side, side:-side] > 0
+    kept = count_steps(main_part(opened)[0]) <= max(1, radius // 2)
     return np.where(kept, mask, np.minimum(mask, np.float32(0.1)))
 
 
@@ -109,12 +102,12 @@ def spread_colours(
     "Replace the colour of soft pixels by the mean of opaque pixels nearby."
     opaque = ndimage.binary_erosion(alpha > 0.98, border_value=1).astype(np.float32)
     result, missing = rgb.copy(), (alpha > 0) & (alpha <= 0.98)
-    known = np.dstack([rgb * opaque[..., None], opaque])
-    for side in (3, 5, 9, 17):
+    known = np.stack([*(np.moveaxis(rgb, 2, 0) * opaque), opaque])
+    for side in (3, 7, 17):
         if not missing.any():
             break
-        means = ndimage.uniform_filter(known, (side, side, 1))
-        reached = missing & (means[..., 3] > 1e-4)
-        result[reached] = means[reached, :3] / means[reached, 3:]
+        means = ndimage.uniform_filter(known, (1, side, side))
+        reached = missing & (means[3] > 1e-4)
+        result[reached] = (means[:3, reached] / means[3, reached]).T
         missing &= ~reached
     return result
