@@ -3,9 +3,10 @@
     python studies/mask_corrector.py --data /photos --masks /masks --out /tmp/mask_corrector
 
 Photos come from data/mask_classifier/labels.json, those labelled as good. `--masks` holds a folder of a pack's name
-for each pack, with the masks as u2netp made them. A mask is spoiled: parts go, strips of the ground, rims and second
-cars come in. The network learns the opacity that `cut_car` makes of the mask as it was. The printed report compares
-the overlap (IoU) with that opacity on photos held out of training, of the mask given and of the corrected one.
+for each pack, with the masks as u2netp made them, not corrected yet. A mask is spoiled: parts go, strips of the
+ground, rims and second cars come in. The network learns the opacity that `cut_car` makes of the mask as it was. The
+printed report compares the overlap (IoU) with that opacity on photos held out of training, of the mask given and of the
+corrected one.
 """
 
 import argparse
