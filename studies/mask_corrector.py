@@ -143,7 +143,7 @@ def spoil(mask: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> np.n
 
 
 def crop_layers(layers: np.ndarray) -> np.ndarray | None:
-    """Return what the corrector sees of layers (128, 128, 5), as (80, 96, 5); None for a mask that is too small."""
+    """Return the corrector's input of layers (128, 128, 5), as (80, 96, 5); None for a mask that is too small."""
     box = corrector_box(Image.fromarray(np.ascontiguousarray(layers[..., 3])))
     if box is None or box[2] - box[0] < 20 or box[3] - box[1] < 14:
         return None
