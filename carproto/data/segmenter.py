@@ -120,7 +120,7 @@ def load_mask_corrector(
 def corrector_box(
     mask: Image.Image,  # 8-bit greyscale, white on the car
 ) -> tuple[int, int, int, int] | None:  # left, top, right and bottom of the car with a rim; None without a car
-    "Find the part of a picture that the corrector sees."
+    "Find the part of a picture that the corrector takes."
     is_car = np.asarray(mask) > 127
     if not is_car.any():
         return None
