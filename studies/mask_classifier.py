@@ -263,9 +263,7 @@ def fit_labels(
     n, n_mixed = 24, 8
     targets = torch.tensor(y, dtype=torch.float32).clamp(0.03, 0.97)
     mixed = torch.tensor([0.07] * n_mixed + [TARGETS["spoiled"]] * n_mixed)
-    certain = torch.tensor(
-        [0.5 if value == 0.12 else 1.0 for value in y]
-    )  # less for labels of earlier cut-outs
+    certain = torch.tensor([0.5 if value == 0.12 else 1.0 for value in y])  # less for labels of earlier cut-outs
 
     def make(chosen: np.ndarray) -> tuple:
         others = rng.integers(0, len(clean), n_mixed)

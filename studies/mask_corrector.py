@@ -94,10 +94,7 @@ def sample_blob(rng: np.random.Generator, box: tuple) -> np.ndarray:
         return sample_side(rng, box, rng.uniform(0.5, 0.95))
     x0, y0 = rng.uniform(left - 0.1 * width, right), rng.uniform(top - 0.1 * height, bottom)
     return (
-        (x >= x0)
-        & (x < x0 + rng.uniform(0.06, 0.35) * width)
-        & (y >= y0)
-        & (y < y0 + rng.uniform(0.06, 0.25) * height)
+        (x >= x0) & (x < x0 + rng.uniform(0.06, 0.35) * width) & (y >= y0) & (y < y0 + rng.uniform(0.06, 0.25) * height)
     )
 
 

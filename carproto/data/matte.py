@@ -52,7 +52,7 @@ def count_steps(
 
 # %% ../../nbs/3_data/02_matte.ipynb #0faa8745
 def _trim(mask: np.ndarray, radius: int) -> np.ndarray:
-    "Make parts of a mask (H, W) transparent that are thinner than a square of 2 radius + 1 pixels, or hang on such parts."
+    "Make parts of a mask (H, W) transparent that are thinner than a square, or that hang on such parts."
     side = 2 * radius + 1
     car = np.pad(fill_holes(main_part(mask > 0.5)[0]), side, mode="edge").view(np.uint8)
     core = ndimage.minimum_filter(car, side)
