@@ -75,7 +75,11 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
     },
     "mask_classifier": {
         "config.json": "3cf0b3034dcc28ad64365e4433d0df1c2b8df79d6e43913412438c8d045bd4ab",
-        "model.safetensors": "e5dd1a1c58c91e31ce4c184a073d55427abca5f987b688aafad73a9e98b7c8dc",
+        "model.safetensors": "b2e68c4a79c688f7e1b140c8fc18cba86fdef17dd3b4416a84f182bd1640994d",
+    },
+    "mask_corrector": {
+        "config.json": "1460785dcad332a417cd1554696559052a236470305882c96bf141356b7f3fc1",
+        "model.safetensors": "4fb210c8bdb83ee2c6673dc6936bebf5fb54c0eeff16a48cc48ba3e584802189",
     },
     "photo64/common": {
         "config.json": "4deb1806b16fd6e8937be169b4c3d637a2507e058fa5f3b1bda50de9da0a62eb",

@@ -6,9 +6,9 @@
 It writes data/records/align.json, one entry a part: `packs`, `limits`, `mirror_toys`, `mirror_photos`,
 `masks_of_toys`, `timing`, `inspection`. Each entry has its command, commit and machine; `--parts` makes some of them
 anew. `limits` counts what tighter limits of the defect score would accept, and writes sheets of that. Masks come from
-`--masks`, a folder of a pack's name for each pack, or are computed and cached. The sheets show photos, which are
-never committed. `--bad` takes the numbers of the cars that somebody rejected on the sheets, with the reason: part,
-second, halo or other."""
+`--masks`, a folder of a pack's name for each pack, as `load_segmenter` makes them, or are computed and cached. The
+sheets show photos, which are never committed. `--bad` takes the numbers of the cars that somebody rejected on the
+sheets, with the reason: part, second, halo or other."""
 
 import argparse
 import os
@@ -38,7 +38,8 @@ from carproto.toycars.shape import sample_factors
 
 PACKS = ("common_cars_train", "common_cars_heldout", "concept_cars_train", "concept_cars_heldout")
 PARTS = ("packs", "limits", "mirror_toys", "mirror_photos", "masks_of_toys", "timing", "inspection")
-SEED = 2024  # of the photos that are looked at, and of the backgrounds
+SEED = 2024  # of the backgrounds
+LOOK_SEED = 2031  # of the photos that are looked at; a new one for each look
 
 
 def open_aligners(
@@ -117,7 +118,11 @@ def measure_limits(
         "accepted_at_limit": counts,
         "tighter": tighter,
         "accepted": {pack: len(names) for pack, names in accepted.items()},
-        "sheets": {"seed": SEED, "n": len(chosen), "sample": {" ".join(key): n for key, n in sorted(sample.items())}},
+        "sheets": {
+            "seed": LOOK_SEED,
+            "n": len(chosen),
+            "sample": {" ".join(key): n for key, n in sorted(sample.items())},
+        },
     }
 
 
@@ -126,7 +131,7 @@ def sample_accepted(accepted: dict[str, list[str]], n: int, seen: set[str]) -> l
     fresh = [
         (pack, name) for pack in PACKS for name in sorted(accepted[pack]) if f"{pack}/{Path(name).name}" not in seen
     ]
-    chosen = np.random.default_rng(SEED).permutation(len(fresh))[:n]
+    chosen = np.random.default_rng(LOOK_SEED).permutation(len(fresh))[:n]
     return [fresh[i] for i in sorted(chosen)]
 
 
@@ -335,7 +340,11 @@ def measure_packs(packs: dict, config: AlignConfig, n_looked: int, look: Path | 
         "aspect": config.aspect,
         "max_defect_score": config.max_defect_score,
         **results,
-        "sheets": {"seed": SEED, "n": len(chosen), "sample": {" ".join(key): n for key, n in sorted(sample.items())}},
+        "sheets": {
+            "seed": LOOK_SEED,
+            "n": len(chosen),
+            "sample": {" ".join(key): n for key, n in sorted(sample.items())},
+        },
     }
 
 

@@ -2,9 +2,10 @@
 
     python studies/mask_classifier.py --data /photos --masks /masks --out /tmp/mask_classifier
 
-It reads data/mask_classifier/labels.json: 1 for a defect, 0.5 for an unsure one, 0 for a good cut-out, 0.75 and 0.12
-for labels of earlier cut-outs. It needs the masks that u2netp made of the packs' photos: `--masks` holds a folder of
-a pack's name for each pack, as studies/alignment.py takes them. Photos and masks are not part of the repository.
+It reads data/mask_classifier/labels.json: 1 for a defect, 0.5 for an unsure one, 0 for a good cut-out, 0.12 for a good
+one of an earlier method. It needs the corrected masks of the packs' photos, as `load_segmenter` makes them: `--masks`
+holds a folder of a pack's name for each pack, as studies/alignment.py takes them. Photos and masks are not part of the
+repository.
 
 First the network separates photos from copies of them whose mask lacks a part, or has one too many. Then it is fitted
 to the labels, mixed with these pairs, with photos into which a second car was pasted, and with toy cars. It prints
@@ -268,9 +269,7 @@ def fit_labels(
     n, n_mixed = 24, 8
     targets = torch.tensor(y, dtype=torch.float32).clamp(0.03, 0.97)
     mixed = torch.tensor([0.07] * n_mixed + [TARGETS["spoiled"]] * n_mixed)
-    certain = torch.tensor(
-        [0.5 if value in (0.12, 0.75) else 1.0 for value in y]
-    )  # less for labels of earlier cut-outs
+    certain = torch.tensor([0.5 if value == 0.12 else 1.0 for value in y])  # less for labels of earlier cut-outs
 
     def make(chosen: np.ndarray) -> tuple:
         others = rng.integers(0, len(clean), n_mixed)

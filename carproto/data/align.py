@@ -149,7 +149,7 @@ def cut_car(
     method = Image.Resampling.BOX if is_reduced else Image.Resampling.BICUBIC
     rgb = np.asarray(picture.convert("RGB").resize(shape, method, box), np.float32)
     values = np.asarray(mask.convert("L").resize(shape, method, box), np.float32) / 255
-    alpha = tighten_mask(refine_mask(rgb, values), config.alpha)
+    alpha = tighten_mask(refine_mask(values), config.alpha)
     return CutCar(rgb, values, alpha, stretch * (shape[1] / height) / (shape[0] / width), not is_reduced)
 
 # %% ../../nbs/3_data/08_align.ipynb #ffa41c15

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy import ndimage
 
 from .align import DEFAULT_ALIGN, AlignConfig
-from .matte import bounding_box, main_part
+from .matte import bounding_box, count_steps, fill_holes, main_part
 
 # %% ../../nbs/3_data/13_mask_limits.ipynb #50dec950
 _SIDE = 128  # pixels along the longer side at which masks are measured
@@ -38,13 +38,13 @@ def measure_mask(
     if not (alpha > 0.5).any():
         return {"area": 0.0}
     car, areas = main_part(alpha > 0.5)
-    filled = ndimage.binary_fill_holes(car)
+    filled = fill_holes(car)
     area = float(areas[0])
     left, top, right, bottom = bounding_box(car)
     width, height = right - left, bottom - top
-    near = ndimage.binary_dilation(car, iterations=5)
-    edge = car & ~ndimage.binary_erosion(car, border_value=1)
-    inside = ndimage.binary_erosion(filled, iterations=max(1, round(0.03 * max(width, height))), border_value=1)
+    near = count_steps(car) <= 5
+    edge = car & (count_steps(~car) <= 1)
+    inside = count_steps(~filled) > max(1, round(0.03 * max(width, height)))
     return {
         "area": area / alpha.size,
         "blur": float((4 * alpha * (1 - alpha))[near].sum()) / max(1, int(edge.sum())) / math.sqrt(area),
