@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import release  # noqa: E402
 
 from carproto.app import commands, latent_commands
-from carproto.app.options import Evaluate, Finetune, Subspace, Train, TrainEncoder
+from carproto.app.options import Evaluate, TrainEncoder
+from carproto.app.training_options import Finetune, Subspace, Train
 from carproto.config import CarprotoError, EncoderConfig, FinetuneConfig, TrainConfig
 from carproto.files import load_json
 from carproto.run import RunFolder

@@ -21,15 +21,12 @@ from carproto.app.options import (
     Encode,
     Evaluate,
     Export,
-    Finetune,
     Label,
     Scrape,
     Studio,
-    Subspace,
-    Train,
     TrainEncoder,
-    Tune,
 )
+from .training_options import Finetune, Subspace, Train, Tune
 from ..config import CarprotoError
 
 # %% ../../nbs/8_app/35_cli.ipynb #f8306b91

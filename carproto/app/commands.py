@@ -16,8 +16,9 @@ from shlex import quote
 import torch
 
 from .demo import run_demo
-from .options import Curate, Demo, Evaluate, Finetune, Scrape, Subspace, Train
+from .options import Curate, Demo, Evaluate, Scrape
 from .parts import find_encoder
+from .training_options import Finetune, Subspace, Train
 from ..config import CarprotoError, TrainConfig
 from ..data.align import AlignConfig, describe_frame
 from ..data.curate import contact_sheet, count_reasons

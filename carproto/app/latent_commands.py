@@ -16,9 +16,10 @@ import torch
 
 from .body import edit_recipe, find_body, open_editor, parse_edits
 from .commands import open_training, print_result, read_feature_net
-from .options import Blend, Encode, TrainEncoder, Tune
+from .options import Blend, Encode, TrainEncoder
 from .parts import find_encoder
 from .pipeline import CarPipeline
+from .training_options import Tune
 from ..blend.interpolate import check_intensities
 from ..blend.recipe import MAX_FRAMES, BlendRecipe, load_recipe, save_blend
 from ..config import PHOTO_INVERSION, CarprotoError
