@@ -264,7 +264,7 @@ class InvertConfig:
 PHOTO_INVERSION = InvertConfig(use_channel_gains=True)  # default of pipeline, command line and studio
 # for photos, where the encoder was tuned with the generator: its channel gains are reliable, so they may move further
 STYLE_INVERSION = InvertConfig(
-    lr=0.2, pixel_weight=20.0, use_channel_gains=True, channel_gain_weight=0.2, channel_gain_lr_share=0.5
+    steps=80, lr=0.2, pixel_weight=20.0, use_channel_gains=True, channel_gain_weight=0.2, channel_gain_lr_share=0.5
 )
 
 # %% ../nbs/0_base/00_config.ipynb #384671ef
