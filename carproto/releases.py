@@ -82,32 +82,32 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "4fb210c8bdb83ee2c6673dc6936bebf5fb54c0eeff16a48cc48ba3e584802189",
     },
     "photo64/common": {
-        "config.json": "4deb1806b16fd6e8937be169b4c3d637a2507e058fa5f3b1bda50de9da0a62eb",
-        "model.safetensors": "fd613f7248b6d2b204e40be5fdda47bcea7556fe43211b6bd1b725512038cda0",
+        "config.json": "6b3fd80e748f0d98d83cb795ce8d146f74cbae622126a1d4bf54769a8c14a9f0",
+        "model.safetensors": "56eb3f72f9fb4b0c39465c87acf29008beb3afa9e27ba0c5069d2c4396b96a22",
     },
     "photo64/common/discriminator": {
         "config.json": "254360a5dd642a20c48f7d459a40220c219996514bb16df4ff1a51fea741047f",
-        "model.safetensors": "d4456bbda6267e9f34c55031efaa2d5261b691068e5442503f07e21bdf0c73e2",
+        "model.safetensors": "817f4d0afd41f1d984aae7c2fe018fe919ab004676df11f344e0bbac497a3bd2",
     },
     "photo64/editor": {
-        "config.json": "1a310af43437b2a07e28922f5be02c2cb35113152d7ea49069d85ddde12bb7a2",
-        "model.safetensors": "6f09bbf24ef7e976f6dc42563ae566af3b5372462f0a75f25475b85b03f3b0fc",
+        "config.json": "eb9399c7aeb42f3b5ce8865eccdcbe2f7883b82d51816dc73a983aef950a73b1",
+        "model.safetensors": "6c3bbfcc477100b75074e31770f35414203476c29c3736f3b54cabb874452461",
     },
     "photo64/encoder": {
-        "config.json": "478f1fd2c5c3537026b4f64ed1deefe33c466c8f2dd79571c68ebafac3b62f19",
-        "model.safetensors": "e2986928b4dcaf58ca96dca854fa22a17dd649590dac7c03d84a52559654a2de",
+        "config.json": "abe36dab4265abde213800c69f58b4620eb314f0ff1098e12b55242d16000cdb",
+        "model.safetensors": "15083e6a897803d52406c9f84273495a1db31d7fa1335033911ece18aee39f79",
     },
     "photo64/futuristic": {
-        "config.json": "a7d7aee40b2867df0f947db64833c196f113d3279dd338fc102b2238d9cefcd4",
-        "model.safetensors": "241014ce17b77254db7d520a9d761309398040e45db217dcd453577397f94e5d",
+        "config.json": "8a9cce06187b038e36395ce94faacf549dbcb18b8fe82e790849c16056d4022e",
+        "model.safetensors": "0f4d2858a80bbe0805e5c068734e1ab3f58a0bf4fcd71cd6c88c983a4c174ff7",
     },
     "photo64/futuristic/discriminator": {
         "config.json": "254360a5dd642a20c48f7d459a40220c219996514bb16df4ff1a51fea741047f",
-        "model.safetensors": "4872897c08e16af0261d5c058abd5108d51fa9ae9fed26c69b18b081df633f28",
+        "model.safetensors": "732d18daea5714f262dc6ae0f1ae6c704c0964bb4c07c86567b6bf4d3b3131a5",
     },
     "photo64/probe": {
-        "config.json": "37124ff6f7f90c1cf5e2eff15b172bbe91b3a83680a5fe01bece07ed485186f1",
-        "model.safetensors": "3b3137d444011f707afeacbb6c3689efd4b8051bd384aef73fb9f2207cbe36a2",
+        "config.json": "a163c33d323511ba96e2ba3b368813313bc2f318a8ed4740e846ac0f7e6c7938",
+        "model.safetensors": "7434ac065e9591f1180455495094d269e5a35d78105e306e4f7e54c70a88b794",
     },
     "toy32/common": {
         "config.json": "6cba53dd034a95a7798771a73b11fee38636453d408b7f3c74398409f18e7c90",

@@ -18,7 +18,7 @@ from _record import save_and_print
 from photo_pair import open_aligned
 
 from carproto.app.pipeline import CarPipeline
-from carproto.config import CarprotoError, InvertConfig
+from carproto.config import STYLE_INVERSION, CarprotoError, InvertConfig
 from carproto.data.align import AlignConfig
 from carproto.eval.features import extract_features, mobilenet_extractor
 from carproto.eval.metrics import Evaluator, generate_images
@@ -90,7 +90,7 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--masks", type=Path, help="folder with a folder of masks for each set; default: beside it")
     parser.add_argument("--aspect", type=float, help="width by height of squashed photos; default: their own")
-    parser.add_argument("--steps", type=int, default=InvertConfig().steps, help="of the refinement, in each pass")
+    parser.add_argument("--steps", type=int, default=STYLE_INVERSION.steps, help="of the refinement, in each pass")
     parser.add_argument("--out", type=Path, default=Path("data/records") / out)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     return parser
