@@ -397,12 +397,12 @@ def test_upload_of_what_is_no_car(released, name, reason):
 
 def test_switch_of_the_pair(released):
     pairs = options(released, "pipeline-list")
-    assert pairs == ["toy cars", "aligned photos", "photos with their background"]
-    choose(released, "pipeline-list", "photos with their background")
-    assert "give that file as the backbone" in text(released, "Futurism is not measured")
+    assert pairs == ["toy cars", "aligned photos"]
+    toys = seen(released)
+    choose(released, "pipeline-list", "aligned photos")
     wait_for_rest(released)
-    assert "mask IoU" not in released.locator(".carproto-curves").inner_text()
-    photograph(released, "real")
+    assert "futurism" in released.locator(".carproto-curves").inner_text() and seen(released) != toys
+    photograph(released, "photos")
     choose(released, "pipeline-list", "toy cars")
     wait_for_rest(released)
     assert options(released, "car-a")[-1] == "my car"
