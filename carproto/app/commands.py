@@ -255,14 +255,8 @@ def evaluate(
     G = best_generator(options.run)
     fit = options.fit or G.fit
     trained_hash = RunFolder(options.run).data().get("data_hash")
-    unseen, trained = open_unseen(
-        options.data,
-        options.train,
-        G.size,
-        fit=fit,
-        find_aligner=find_aligner,
-        trained_hash=trained_hash,
-    )
+    known = {"fit": fit, "find_aligner": find_aligner, "trained_hash": trained_hash}
+    unseen, trained = open_unseen(options.data, options.train, G.size, **known)
     features = _make_extractor(options, read_feature_net(options.run))
     train_images = trained and trained.images
     evaluator = Evaluator(unseen.images, features, train=train_images, n_fake=options.n_fake, show_bar=True)
