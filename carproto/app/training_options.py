@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from tyro.conf import OmitArgPrefixes
 
 from .option_types import OrNone, PathText
-from ..config import CarprotoError, FinetuneConfig, Fit, TrainConfig, TuneConfig, check_numbers
+from ..config import FinetuneConfig, Fit, TrainConfig, TuneConfig, check_numbers
 
 # %% ../../nbs/8_app/29_training_options.ipynb #714890eb
 @dataclass(frozen=True, kw_only=True)

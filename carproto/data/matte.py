@@ -10,7 +10,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 # %% ../../nbs/3_data/02_matte.ipynb #b04f547d
