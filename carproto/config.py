@@ -164,8 +164,14 @@ class JointConfig(JointOptions, TrainConfig):
         JointOptions.__post_init__(self)
 
 # %% ../nbs/0_base/00_config.ipynb #ffb04e82
+class _ChildOptions:
+    def changes(self) -> dict:
+        "Return the options by name, without a batch size of None, which is the parent's."
+        return {name: value for name, value in asdict(self).items() if name != "batch" or value is not None}
+
+
 @dataclass(frozen=True)
-class FinetuneConfig:
+class FinetuneConfig(_ChildOptions):
     "Options of one fine-tuning run with FreezeD; all others are the parent's."
 
     n_frozen: int | None = None  # lower blocks of the discriminator to freeze; None means half of them
@@ -182,13 +188,9 @@ class FinetuneConfig:
         _check(self, "steps batch report_every", 1)
         _check(self, "n_frozen lecam_weight")
 
-    def changes(self) -> dict:
-        "Return keyword arguments for `finetune_freezed`."
-        return {name: value for name, value in asdict(self).items() if name != "batch" or value is not None}
-
 
 @dataclass(frozen=True)
-class TuneConfig(JointOptions):
+class TuneConfig(_ChildOptions, JointOptions):
     "Options of one joint tuning; all others are the parent's."
 
     steps: int = 20_000  # number of generator steps; may be raised when the run is resumed
@@ -200,10 +202,6 @@ class TuneConfig(JointOptions):
         super().__post_init__()
         check_seed(self.seed)
         _check(self, "steps batch report_every", 1)
-
-    def changes(self) -> dict:
-        "Return the fields of `JointConfig` that differ from the parent's."
-        return {name: value for name, value in asdict(self).items() if name != "batch" or value is not None}
 
 # %% ../nbs/0_base/00_config.ipynb #f5b13c33
 @dataclass(frozen=True)
