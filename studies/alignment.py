@@ -26,7 +26,7 @@ from tqdm import tqdm
 from carproto.config import CarprotoError
 from carproto.data.align import AlignConfig, align_car
 from carproto.data.mask_classifier import classifier_inputs, load_mask_classifier, score_mask
-from carproto.data.masks import Aligner, check_picture
+from carproto.data.masks import Aligner, cut_accepted
 from carproto.data.metadata import read_metadata
 from carproto.data.segmenter import load_segmenter
 from carproto.data.store import PictureStore
@@ -90,7 +90,7 @@ def score_pack(store: PictureStore, aligner: Aligner) -> dict[str, float]:
         view = rows[name].get("view") or rows[name].get("view_guess")
         photo, mask = open_picture(data), aligner.find_mask(store, name, data)
         try:
-            car, _ = check_picture(photo, mask, limits_only, view=view)
+            car, _ = cut_accepted(photo, mask, limits_only, view=view)
             inputs = classifier_inputs(car, view in ("right", "front-right"))
         except CarprotoError:
             continue
