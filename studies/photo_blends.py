@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{arguments.release} cannot blend photos: it needs both generators, an encoder and a probe"
         )
     extractor = mobilenet_extractor(arguments.extractor, 96)
-    sets = open_sets(arguments)
+    sets = open_sets(arguments, pipe.common.size)
     cars = []
     for name, kind in (("heldout", "common"), ("concepts_heldout", "futuristic")):
         x = to_tensor(sets[name][: arguments.n])
