@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IN_REPOSITORY', 'save_weights', 'whole', 'number', 'word', 'many', 'load_config', 'check_shapes', 'load_state',
-           'read_weights', 'download_published', 'find_weights']
+           'read_weights', 'download_published', 'find_weights', 'load_net']
 
 # %% ../nbs/0_base/07_weights.ipynb #d0093118
 import hashlib
@@ -220,3 +220,15 @@ def find_weights(
         except CarprotoError as error:
             raise CarprotoError(f"the weights {name} are not available: {error}; or clone the repository") from error
     return cached
+
+# %% ../nbs/0_base/07_weights.ipynb #04024538
+def load_net(
+    make: Callable[..., nn.Module],  # takes the config's entries as keyword arguments
+    name: str | Path,  # a folder, or one of `RELEASES`
+    kind: str,  # expected kind of network, such as "mask corrector"
+    fields: dict[str, Callable[[object], bool]],  # the entries and their checks
+) -> nn.Module:  # in evaluation mode, on the CPU
+    "Load a network by name; raise `CarprotoError` when it is missing, damaged or of another kind."
+    folder = find_weights(name)
+    config = load_config(folder, kind, fields, hint=": give another folder or release")
+    return read_weights(make(**{field: config[field] for field in fields}), folder / "model.safetensors").eval()

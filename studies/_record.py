@@ -74,13 +74,31 @@ class Study:
             lines.write(json.dumps(self.rows[-1]) + "\n")
 
 
-def run_or_report(run: Callable[[argparse.Namespace], Study], arguments: argparse.Namespace, unit: str) -> None:
-    """Run a study in cells; report a mistake in one line."""
+def run_or_exit(run: Callable, *arguments, stopped: str = "stopped", **options) -> object:
+    """Return what a study's function returns; exit with the study's name and one line for a mistake."""
     name = Path(sys.modules[run.__module__].__file__).stem
     try:
-        study = run(arguments)
+        return run(*arguments, **options)
     except CarprotoError as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{name}: stopped; the {unit} that are done are in the record; the same command resumes")
+        sys.exit(f"{name}: {stopped}")
+
+
+def run_or_report(run: Callable[[argparse.Namespace], Study], arguments: argparse.Namespace, unit: str) -> None:
+    """Run a study in cells and count them; exit with one line for a mistake."""
+    stopped = f"stopped; the {unit} that are done are in the record; the same command resumes"
+    study = run_or_exit(run, arguments, stopped=stopped)
     print(f"{len(study.rows)} {unit} in {study.path}")
+
+
+def mask_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of what the studies of masks read, their seed and where they write weights."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the packs as zip")
+    parser.add_argument("--masks", type=Path, required=True, help="folder that holds a folder of masks for each pack")
+    parser.add_argument("--labels", type=Path, default=Path("data/mask_classifier/labels.json"))
+    parser.add_argument("--aspect", type=float, default=1.4, help="width by height of the photos when they were taken")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="folder for model.safetensors and config.json")
+    return parser

@@ -19,14 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from freezed import describe_command
+from _record import describe_command
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from carproto.config import CarprotoError
 from carproto.data.align import AlignConfig, align_car
 from carproto.data.mask_classifier import classifier_inputs, load_mask_classifier, score_mask
-from carproto.data.masks import Aligner, check_picture
+from carproto.data.masks import Aligner, cut_accepted
 from carproto.data.metadata import read_metadata
 from carproto.data.segmenter import load_segmenter
 from carproto.data.store import PictureStore
@@ -90,7 +90,7 @@ def score_pack(store: PictureStore, aligner: Aligner) -> dict[str, float]:
         view = rows[name].get("view") or rows[name].get("view_guess")
         photo, mask = open_picture(data), aligner.find_mask(store, name, data)
         try:
-            car, _ = check_picture(photo, mask, limits_only, view=view)
+            car, _ = cut_accepted(photo, mask, limits_only, view=view)
             inputs = classifier_inputs(car, view in ("right", "front-right"))
         except CarprotoError:
             continue
@@ -110,19 +110,12 @@ def measure_limits(
         pack: [name for name, score in row.items() if score <= tighter[pack.split("_")[0]]]
         for pack, row in scores.items()
     }
-    chosen = sample_accepted(accepted, n, set(load_json(Path("data/mask_classifier/labels.json"))))
-    if look:
-        save_sheets(chosen, packs, look / "tighter")
-    sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)
+    sheets = show_accepted(accepted, packs, n, look and look / "tighter")
     return {
         "accepted_at_limit": counts,
         "tighter": tighter,
         "accepted": {pack: len(names) for pack, names in accepted.items()},
-        "sheets": {
-            "seed": LOOK_SEED,
-            "n": len(chosen),
-            "sample": {" ".join(key): n for key, n in sorted(sample.items())},
-        },
+        "sheets": sheets,
     }
 
 
@@ -133,6 +126,16 @@ def sample_accepted(accepted: dict[str, list[str]], n: int, seen: set[str]) -> l
     ]
     chosen = np.random.default_rng(LOOK_SEED).permutation(len(fresh))[:n]
     return [fresh[i] for i in sorted(chosen)]
+
+
+def show_accepted(accepted: dict[str, list[str]], packs: dict, n: int, folder: Path | None) -> dict:
+    """Write sheets of n accepted cars into a folder, unless it is None, and say how they were chosen."""
+    chosen = sample_accepted(accepted, n, set(load_json(Path("data/mask_classifier/labels.json"))))
+    if folder:
+        save_sheets(chosen, packs, folder)
+    sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)
+    counts = {" ".join(key): n for key, n in sorted(sample.items())}
+    return {"seed": LOOK_SEED, "n": len(chosen), "sample": counts}
 
 
 def save_sheets(chosen: list[tuple[str, str]], packs: dict, folder: Path, side: int = 184, n_columns: int = 5) -> None:
@@ -332,19 +335,12 @@ def measure_packs(packs: dict, config: AlignConfig, n_looked: int, look: Path | 
     results, accepted = {}, {}
     for name, (store, aligner) in packs.items():
         results[name], accepted[name] = count_pack(store, aligner)
-    chosen = sample_accepted(accepted, n_looked, set(load_json(Path("data/mask_classifier/labels.json"))))
-    if look:
-        save_sheets(chosen, packs, look)
-    sample = Counter((pack, Path(name).name.split("_")[0]) for pack, name in chosen)
+    sheets = show_accepted(accepted, packs, n_looked, look)
     return {
         "aspect": config.aspect,
         "max_defect_score": config.max_defect_score,
         **results,
-        "sheets": {
-            "seed": LOOK_SEED,
-            "n": len(chosen),
-            "sample": {" ".join(key): n for key, n in sorted(sample.items())},
-        },
+        "sheets": sheets,
     }
 
 

@@ -22,6 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from _record import run_or_exit
 from bench_peers import D_STEPS, MATRIX, PEERS, Absent, Peer, Work
 from tqdm import tqdm
 
@@ -318,14 +319,8 @@ def check_writable(path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmark; tell a mistake in one line."""
-    arguments = read_arguments(argv)
-    try:
-        run_bench(arguments)
-    except CarprotoError as error:
-        sys.exit(f"bench: {error}")
-    except KeyboardInterrupt:
-        sys.exit("bench: stopped; the sizes that were done are in the record")
+    """Run the benchmark; exit with one line for a mistake."""
+    run_or_exit(run_bench, read_arguments(argv), stopped="stopped; the sizes that were done are in the record")
 
 
 def run_bench(arguments: argparse.Namespace) -> None:

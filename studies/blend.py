@@ -161,10 +161,10 @@ def main() -> None:
         results = perceptual_path_length(draws, metric)
         lengths[mode] = {"mean": results.mean().item(), "median": results.median().item(), "n": len(results)}
     with torch.no_grad():
-        drawn = [
+        generated = [
             torch.cat([G(z) for z in sample_latents(500, common.z_dim, seed=3).split(50)]) for G in (common, futuristic)
         ]
-    before, after = (scale(images) for images in drawn)
+    before, after = (scale(images) for images in generated)
     pooled = ((before.var() + after.var()) / 2).sqrt()
     record = {
         "seed": 0,
@@ -181,8 +181,8 @@ def main() -> None:
             "effect_size": ((after.mean() - before.mean()) / pooled).item(),
             "held_out_common": scale(heldout).mean().item(),
             "held_out_concepts": scale(concepts).mean().item(),
-            "same_latent_distance": metric(drawn[0][:200], drawn[1][:200]).mean().item(),
-            "other_latent_distance": metric(drawn[0][:200], drawn[1][200:400]).mean().item(),
+            "same_latent_distance": metric(generated[0][:200], generated[1][:200]).mean().item(),
+            "other_latent_distance": metric(generated[0][:200], generated[1][200:400]).mean().item(),
         },
     }
     if arguments.name == "toys":

@@ -89,27 +89,30 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4000, help="generated cars")
     parser.add_argument("--seed", type=int, default=0, help="of their latents")
     parser.add_argument("--out", type=Path, default=Path("data/records"))
-    text = parser.parse_args()
-    if text.name == "toys":
+    arguments = parser.parse_args()
+    if arguments.name == "toys":
         sets = {
             part: [open_cars(data, 64, split=split).images for split in ("train", "heldout")]
             for part, data in (("common", "toycars"), ("futuristic", "toycars-futuristic"))
         }
     else:
-        paths = {"common": (text.data, text.heldout), "futuristic": (text.concepts, text.concepts_heldout)}
+        paths = {
+            "common": (arguments.data, arguments.heldout),
+            "futuristic": (arguments.concepts, arguments.concepts_heldout),
+        }
         if None in (*paths["common"], *paths["futuristic"]):
             parser.error("photos need --data, --heldout, --concepts and --concepts_heldout")
         sets = {part: [open_cars(path, 64, split=None).images for path in both] for part, both in paths.items()}
     others = {"futuristic": sets["common"][1]}
     results = {
-        part: measure(f"{text.release}/{part}", *both, text.n, text.seed, others.get(part))
+        part: measure(f"{arguments.release}/{part}", *both, arguments.n, arguments.seed, others.get(part))
         for part, both in sets.items()
     }
-    path = save_record({"seed": text.seed, **results}, text.out / f"copies_{text.name}.json")
+    path = save_record({"seed": arguments.seed, **results}, arguments.out / f"copies_{arguments.name}.json")
     for part, numbers in results.items():
         altered = ", ".join(f"{how} {share:.0%}" for how, share in numbers["altered_copies_found"].items())
         print(
-            f"{part}: copy rate {numbers['copy_rate']:.2%} of {text.n}, limit {numbers['limit']:.2f}; "
+            f"{part}: copy rate {numbers['copy_rate']:.2%} of {arguments.n}, limit {numbers['limit']:.2f}; "
             f"copies found: {altered}"
         )
     print(path)

@@ -28,13 +28,15 @@ def main() -> None:
     parser.add_argument("--backbone", required=True, help="MobileNetV2 file")
     parser.add_argument("--n_fake", type=int, default=1000, help="cars to draw")
     parser.add_argument("--out", type=Path, default=Path("data/records"))
-    text = parser.parse_args()
-    state = load_checkpoint(text.run / "checkpoints")
+    arguments = parser.parse_args()
+    state = load_checkpoint(arguments.run / "checkpoints")
     if state is None:
-        raise CarprotoError(f"{text.run} holds no trained run: give a folder with checkpoints in it")
+        raise CarprotoError(f"{arguments.run} holds no trained run: give a folder with checkpoints in it")
     config = state["config"]
     evaluator = Evaluator(
-        CarImages(text.heldout, config["size"]).images, feature_extractor(text.backbone, size=96), n_fake=text.n_fake
+        CarImages(arguments.heldout, config["size"]).images,
+        feature_extractor(arguments.backbone, size=96),
+        n_fake=arguments.n_fake,
     )
     record = {"config": config, "step": state["step"]}
     for name, part in PARTS.items():
@@ -42,7 +44,7 @@ def main() -> None:
         G.load_state_dict(state[part])
         record[name] = evaluator.evaluate(measure_statistics(G))
         print(f"{name}: KID {record[name]['kid']:.3f}, coverage {record[name]['coverage']:.1%}")
-    save_record(record, text.out / "ema.json")
+    save_record(record, arguments.out / "ema.json")
 
 
 if __name__ == "__main__":

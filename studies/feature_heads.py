@@ -8,15 +8,14 @@ wall-clock seconds.
 """
 import argparse
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _record import save_record
+from _record import run_or_exit, save_record
 
-from carproto.config import CarprotoError, TrainConfig
+from carproto.config import TrainConfig
 from carproto.gan.trainer import Trainer
 from carproto.toycars.dataset import ToyCars
 
@@ -73,12 +72,8 @@ def main(argv: list[str] | None = None) -> None:
     shared = {name: getattr(arguments, name) for name in ("size", "batch", "precision")}
     config = TrainConfig(**shared, feature_net="squeezenet1_1")
     turns = {"n_rounds": arguments.rounds, "n_steps": arguments.steps}
-    try:
-        results = [
-            compare(images, replace(config, width=width), arguments.squeezenet, **turns) for width in arguments.widths
-        ]
-    except CarprotoError as error:
-        sys.exit(f"feature_heads: {error}")
+    configs = [replace(config, width=width) for width in arguments.widths]
+    results = [run_or_exit(compare, images, one, arguments.squeezenet, **turns) for one in configs]
     setting = {**shared, "d_steps": config.d_steps, "feature_net": config.feature_net}
     setting |= {"feature_size": config.feature_size, "seed": config.seed, "data": f"{len(images)} toy cars, seed 0"}
     save_record({**setting, **turns, "results": results}, arguments.out)

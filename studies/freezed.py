@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from _record import Study, describe_command, run_or_report  # noqa: F401 - other studies take it from here
+from _record import Study, run_or_report
 from tqdm import tqdm
 
 from carproto.config import CarprotoError, TrainConfig
@@ -57,7 +57,7 @@ class StudyEvaluator:
         return self.measure_cars(generate_images(G, self.evaluator.n_fake, seed=self.evaluator.seed))
 
     def measure_cars(self, cars: torch.Tensor) -> dict:
-        """Measure cars, drawn or real."""
+        """Measure cars, generated or real."""
         numbers = self.evaluator.evaluate_images(cars)
         results = {name: numbers[name] for name in MEASURED}
         return results | (
@@ -125,7 +125,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{option}", help=f"for photos: {what}")
     parser.add_argument("--n_train", type=int, default=640, help="for toys: cars to learn from")
     parser.add_argument("--n_heldout", type=int, default=512, help="for toys: held-out cars")
-    parser.add_argument("--n_fake", type=int, default=512, help="cars that are drawn to be measured")
+    parser.add_argument("--n_fake", type=int, default=512, help="generated cars that are measured")
     parser.add_argument("--steps", type=int, default=100, help="generator steps of a cell")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

@@ -23,7 +23,7 @@ from _record import save_record
 from playwright.sync_api import sync_playwright
 
 from carproto.app.body import find_body
-from carproto.app.live_page import add_runtime, average_path, export_pair, find_runtime, write_page
+from carproto.app.live_page import add_runtime, average_path, export_pair, find_runtime, write_live_page
 from carproto.app.pipeline import CarPipeline
 from carproto.blend.onnx_graph import compare_with_pytorch
 from carproto.blend.speed import perceptual_embedding
@@ -113,7 +113,7 @@ def measure_pipeline(name: str, arguments: argparse.Namespace) -> dict:
     editor = find_body(pipeline, name)
     folder = Path(tempfile.mkdtemp()) / "page"
     graph = export_pair(pipeline, folder, Path(name).name, path=average_path(pipeline), editor=editor)
-    write_page(folder)
+    write_live_page(folder)
     page_mb = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     add_runtime(folder, find_runtime(arguments.runtime))
     results = {"size": pipeline.common.size, "page_mb": round(page_mb, 2)}

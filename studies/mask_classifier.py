@@ -13,7 +13,6 @@ the area under the ROC curve on every fifth label, held out of a fit that serves
 defects among the best 65 and 75 %. The weights written are fitted to all labels.
 """
 
-import argparse
 import time
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from _record import describe_command
+from _record import describe_command, mask_parser
 from PIL import Image, ImageFilter
 from scipy import ndimage
 from tqdm import tqdm
@@ -302,16 +301,10 @@ def measure(scores: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 def main() -> None:
     """Prepare, train twice, measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with the packs as zip")
-    parser.add_argument("--masks", type=Path, required=True, help="folder that holds a folder of masks for each pack")
-    parser.add_argument("--labels", type=Path, default=Path("data/mask_classifier/labels.json"))
-    parser.add_argument("--aspect", type=float, default=1.4, help="width by height of the photos when they were taken")
+    parser = mask_parser(__doc__.splitlines()[0])
     parser.add_argument("--n_photos", type=int, default=9000, help="photos of each pack that are spoiled")
     parser.add_argument("--n_pasted", type=int, default=2000, help="photos into which a second car is pasted")
     parser.add_argument("--epochs", nargs=2, type=int, default=(4, 8), help="of both steps")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder for model.safetensors and config.json")
     arguments = parser.parse_args()
     start, rng = time.monotonic(), np.random.default_rng(arguments.seed)
     labels = load_json(arguments.labels)

@@ -9,14 +9,13 @@ printed report compares the overlap (IoU) with that opacity on photos held out o
 corrected one.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from freezed import describe_command
+from _record import describe_command, mask_parser
 from mask_classifier import PACKS
 from PIL import Image
 from scipy import ndimage
@@ -256,14 +255,8 @@ def measure(net: MaskCorrector, photos: list[np.ndarray], rng: np.random.Generat
 
 def main() -> None:
     """Prepare, train, measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with the packs as zip")
-    parser.add_argument("--masks", type=Path, required=True, help="folder that holds a folder of masks for each pack")
-    parser.add_argument("--labels", type=Path, default=Path("data/mask_classifier/labels.json"))
-    parser.add_argument("--aspect", type=float, default=1.4, help="width by height of the photos when they were taken")
+    parser = mask_parser(__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=200, help="CPU time of the fit")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="folder for model.safetensors and config.json")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     rng = np.random.default_rng(arguments.seed)

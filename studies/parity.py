@@ -75,7 +75,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours")
     parser.add_argument("--n_train", type=int, default=4096, help="toy cars to learn from")
     parser.add_argument(
-        "--n_heldout", type=int, default=512, help="held-out toy cars, and cars that are drawn to be measured"
+        "--n_heldout", type=int, default=512, help="held-out toy cars, and generated cars that are measured"
     )
     parser.add_argument("--out", type=Path, default=Path("data/records"))
     return parser.parse_args(argv)

@@ -8,13 +8,12 @@ Futurism is measured twice: by the pair's own probe, which calibrates, and by on
 not. A frame's realism is its distance to the nearest training photo in MobileNetV2's features at 96 px."""
 
 import argparse
-import sys
 import time
 import warnings
 from dataclasses import fields, replace
 
 import torch
-from _record import save_and_print
+from _record import run_or_exit, save_and_print
 from photo_quality import SETS, make_parser, open_sets, with_steps
 
 from carproto.app.photos import PhotoInversion
@@ -179,7 +178,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CarprotoError as error:
-        sys.exit(f"photo_blends: {error}")
+    run_or_exit(main)

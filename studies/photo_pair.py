@@ -22,6 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from _record import run_or_exit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from milestone import read_milestone  # noqa: E402
@@ -168,7 +169,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CarprotoError as error:
-        sys.exit(f"photo_pair: {error}")
+    run_or_exit(main)

@@ -9,16 +9,15 @@ are unpicked, from three seeds of latents."""
 
 import argparse
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from _record import save_and_print
+from _record import run_or_exit, save_and_print
 from photo_pair import open_aligned
 
 from carproto.app.pipeline import CarPipeline
-from carproto.config import STYLE_INVERSION, CarprotoError, InvertConfig
+from carproto.config import STYLE_INVERSION, InvertConfig
 from carproto.data.align import AlignConfig
 from carproto.eval.features import extract_features, mobilenet_extractor
 from carproto.eval.metrics import Evaluator, generate_images
@@ -132,7 +131,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except CarprotoError as error:
-        sys.exit(f"photo_quality: {error}")
+    run_or_exit(main)

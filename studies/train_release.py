@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from _record import run_or_exit
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import release  # noqa: E402
 
@@ -65,7 +67,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         nargs=3,
         default=(64, 16, 8),
         metavar=("FIRST", "SETTLED", "LAST"),
-        help="numbers of a code, over time",
+        help="numbers of a latent, over time",
     )
     parser.add_argument(
         "--report_every", type=int, default=500, help="steps between measurements; the child's are twice as dense"
@@ -80,7 +82,7 @@ class Stages:
     """The stages, each in its folder; all can be called again."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.text, self.folder, self.start = arguments, arguments.runs / arguments.name, time.monotonic()
+        self.arguments, self.folder, self.start = arguments, arguments.runs / arguments.name, time.monotonic()
         self.evaluated = {
             "extractor": arguments.backbone,
             "extractor_size": 96 if arguments.backbone.endswith(".safetensors") else None,
@@ -92,11 +94,11 @@ class Stages:
 
     def minutes_left(self) -> float | None:
         """Say for how long the next stage may run; None means for ever."""
-        if self.text.max_minutes is None:
+        if self.arguments.max_minutes is None:
             return None
-        left = self.text.max_minutes - (time.monotonic() - self.start) / 60
+        left = self.arguments.max_minutes - (time.monotonic() - self.start) / 60
         if left <= 0:
-            raise CarprotoError(f"{self.text.max_minutes:g} minutes are over; the same command goes on")
+            raise CarprotoError(f"{self.arguments.max_minutes:g} minutes are over; the same command goes on")
         return left
 
     def check_done(self, stage: str, weights: str, steps: int) -> None:
@@ -107,66 +109,74 @@ class Stages:
 
     def train(self, stage: str, z_dim: int, steps: int) -> None:
         """Train on common cars."""
-        text = self.text
+        arguments = self.arguments
         config = TrainConfig(
-            size=text.size,
-            width=text.width,
+            size=arguments.size,
+            width=arguments.width,
             z_dim=z_dim,
             steps=steps,
-            batch=text.batch,
-            d_steps=text.d_steps,
-            beta2=text.beta2,
-            augment=text.augment,
-            report_every=text.report_every,
-            seed=text.seed,
+            batch=arguments.batch,
+            d_steps=arguments.d_steps,
+            beta2=arguments.beta2,
+            augment=arguments.augment,
+            report_every=arguments.report_every,
+            seed=arguments.seed,
         )
         run = {"run": self.path(stage), "allow_changes": True, "max_minutes": self.minutes_left()}
-        commands.train(Train(text.data, heldout=text.heldout, config=config, **run, **self.evaluated))
+        commands.train(Train(arguments.data, heldout=arguments.heldout, config=config, **run, **self.evaluated))
         self.check_done(stage, "final", steps)
 
     def finetune(self, stage: str, source: str, steps: int) -> None:
         """Fine-tune on concept cars."""
-        text = self.text
+        arguments = self.arguments
         config = FinetuneConfig(
-            n_frozen=text.n_frozen, steps=steps, report_every=max(text.report_every // 2, 1), seed=text.seed
+            n_frozen=arguments.n_frozen,
+            steps=steps,
+            report_every=max(arguments.report_every // 2, 1),
+            seed=arguments.seed,
         )
         run = {"run": self.path(stage), "max_minutes": self.minutes_left()}
         commands.finetune(
             Finetune(
-                self.path(source), text.concepts, heldout=text.concepts_heldout, config=config, **run, **self.evaluated
+                self.path(source),
+                arguments.concepts,
+                heldout=arguments.concepts_heldout,
+                config=config,
+                **run,
+                **self.evaluated,
             )
         )
         self.check_done(stage, "final", steps)
 
     def shorten(self, stage: str, source: str, z_dim: int, like: str | None = None) -> None:
-        """Shorten a run's code, unless that was done."""
+        """Restrict a run's latent to a subspace, unless that was done."""
         if not RunFolder(self.folder / stage).exists:
             commands.subspace(Subspace(self.path(source), self.path(stage), z_dim, like and self.path(like)))
 
     def train_encoder(self, stage: str, common: str, futuristic: str, steps: int) -> None:
         """Train the encoder of the pair."""
-        text = self.text
+        arguments = self.arguments
         photos = {
-            "data": text.data,
-            "heldout": text.heldout,
-            "concepts": text.concepts,
-            "heldout_concepts": text.concepts_heldout,
+            "data": arguments.data,
+            "heldout": arguments.heldout,
+            "concepts": arguments.concepts,
+            "heldout_concepts": arguments.concepts_heldout,
         }
-        config = EncoderConfig(width=32, steps=steps, seed=text.seed)
+        config = EncoderConfig(width=32, steps=steps, seed=arguments.seed)
         run = {"run": self.path(stage), "max_minutes": self.minutes_left()}
         options = TrainEncoder(self.path(common), self.path(futuristic), config=config, **photos, **run)
         latent_commands.train_encoder(options)
         self.check_done(stage, "encoder", steps)
 
     def measure(self, stage: str, heldout: str, train: str) -> None:
-        """Measure a generator on a thousand drawn cars, unless that was done."""
+        """Measure a generator on a thousand generated cars, unless that was done."""
         if not (self.folder / stage / "evaluation.json").exists():
             commands.evaluate(Evaluate(self.path(stage), heldout, train=train, n_fake=1000, **self.evaluated))
 
     def run(self) -> None:
         """Go through all stages."""
-        text, (first, settled, last) = self.text, self.text.z_dims
-        n_first, n_common, n_concept, n_encoder = text.steps
+        arguments, (first, settled, last) = self.arguments, self.arguments.z_dims
+        n_first, n_common, n_concept, n_encoder = arguments.steps
         self.train("common_first", first, n_first)
         self.shorten("common_settled", "common_first", settled)
         self.train("common_settled", settled, n_common)
@@ -174,18 +184,15 @@ class Stages:
         self.shorten("common", "common_settled", last)
         self.shorten("futuristic", "futuristic_settled", last, like="common")
         self.train_encoder("encoder", "common", "futuristic", n_encoder)
-        self.measure("common", text.heldout, text.data)
-        self.measure("futuristic", text.concepts_heldout, text.concepts)
+        self.measure("common", arguments.heldout, arguments.data)
+        self.measure("futuristic", arguments.concepts_heldout, arguments.concepts)
         parts = [word for part in ("common", "futuristic", "encoder") for word in (f"--{part}", self.path(part))]
-        release.main([text.name, *parts, "--data", str(text.out)])
+        release.main([arguments.name, *parts, "--data", str(arguments.out)])
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train and release; tell a mistake in one line."""
-    try:
-        Stages(read_arguments(argv)).run()
-    except CarprotoError as error:
-        sys.exit(f"train_pair: {error}")
+    """Train and release; exit with one line for a mistake."""
+    run_or_exit(Stages(read_arguments(argv)).run)
 
 
 if __name__ == "__main__":

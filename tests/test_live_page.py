@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from carproto.app.body import edit_recipe, find_body, find_measure, fit_body
-from carproto.app.live_page import add_runtime, export_pair, find_runtime, write_page
+from carproto.app.live_page import add_runtime, export_pair, find_runtime, write_live_page
 from carproto.app.pipeline import CarPipeline
 from carproto.blend.recipe import load_recipe
 from carproto.config import CarprotoError
@@ -57,7 +57,7 @@ def site(pipeline, editor, tmp_path_factory):
     even = [i / 10 for i in range(11)]
     path = {"labels": even, "latent": even, "coarse": [w**2 for w in even], "fine": even}
     export_pair(pipeline, folder, "toy64", path=path, editor=editor, card="Toy cars, rendered.")
-    write_page(folder)
+    write_live_page(folder)
     try:
         add_runtime(folder, find_runtime(os.environ.get("CARPROTO_ORT_WEB")))
     except CarprotoError as error:
@@ -380,7 +380,7 @@ def photo_url(url, site):
     path = {"labels": even, "latent": even, "coarse": even, "fine": even}
     folder = site.with_name("photo")
     export_pair(pipeline, folder, "photo64", path=path, editor=find_body(pipeline, "photo64"), card="Aligned photos.")
-    write_page(folder)
+    write_live_page(folder)
     (folder / "ort").symlink_to(site / "ort")
     return url.replace("/live/", "/photo/")
 

@@ -32,16 +32,14 @@ def test_rooms_name_their_notebooks():
     rooms = {path.name for path in (ROOT / "nbs").glob("[0-9]_*") if path.is_dir()}
     rows = {room: row for room, row in re.findall(r"^\| \[`(\w+)`\]\((.*)$", TEXT, re.MULTILINE)}
     assert len(rooms) == 9 and set(rows) == rooms, f"not in the table of rooms: {sorted(rooms ^ set(rows))}"
-    strangers = []
+    strangers = [
+        f"{name} in {path}"
+        for names, path in re.findall(r"\[([^]]*)\]\((nbs/[^)]+\.ipynb)\)", TEXT)
+        for name in re.findall(r"`(\w+)`", names)
+        if not re.search(rf"\b(?:def|class) {name}\b", (ROOT / path).read_text(encoding="utf-8"))
+    ]
     for room, row in rows.items():
-        for names, path in re.findall(r"\[([^]]*)\]\((nbs/[^)]+\.ipynb)\)", row):
-            source = (ROOT / path).read_text(encoding="utf-8")
-            strangers += [
-                f"{name} in {path}"
-                for name in re.findall(r"`(\w+)`", names)
-                if not re.search(rf"\b(?:def|class) {name}\b", source)
-            ]
-            assert path.startswith(f"nbs/{room}/"), f"{path} stands in the row of {room}"
+        assert all(path.startswith(f"nbs/{room}/") for path in re.findall(r"\((nbs/.+?)\)", row)), room
     assert not strangers, f"not defined there: {strangers}"
     for folder in ("tutorials", "results"):
         missing = [

@@ -314,3 +314,17 @@ def test_one_inversion_is_taken_out_of_many():
     many = PhotoInversion(**rows, **images, **numbers, names=["a", "b", "c"], outliers=[2], has_channel_gains=True)
     one = study_blends.select(many, 1)
     assert one.car(0) == ([1.0], [1.0]) and one.names == ["b"] and one.outliers == []
+
+
+def test_mistake_ends_a_study_in_one_line():
+    def fail(text: str) -> None:
+        raise CarprotoError(text)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="^test_studies: no photos$"):
+        study_record.run_or_exit(fail, text="no photos")
+    with pytest.raises(SystemExit, match="^test_studies: stopped after 3$"):
+        study_record.run_or_exit(stop, stopped="stopped after 3")
+    assert study_record.run_or_exit(lambda a, b: a - b, 5, b=3) == 2

@@ -16,7 +16,7 @@ import ipywidgets as widgets
 import torch
 from fastcore.basics import patch
 
-from .body import describe_attribute, edit_recipe, open_editor, restore_recipe
+from .body import EDITED_FIELDS, describe_attribute, edit_recipe, open_editor, restore_recipe
 from .car_list import CarList
 from .parts import local_pipelines
 from .pipeline import CarPipeline
@@ -96,15 +96,21 @@ def _describe_path(self: BodyStudio) -> BlendRecipe:
     return edited
 
 
+def _check_editable(amounts: Mapping[str, float], editor: LatentEditor | None, hint: str) -> None:
+    "Raise `CarprotoError` for an attribute that has no slider."
+    unknown = sorted(set(amounts) - set(() if editor is None else editor.editable))
+    if unknown:
+        raise CarprotoError(f"{', '.join(unknown)} cannot be edited here: {hint}")
+
+
 @patch
 def set_amounts(
     self: BodyStudio,
     amounts: Mapping[str, float],  # change by attribute, in its unit; attributes without one are not edited
 ) -> None:
     "Set the sliders and show the edited cars."
-    unknown = sorted(set(amounts) - set(self.body))
-    if unknown:
-        raise CarprotoError(f"{', '.join(unknown)} cannot be edited here: choose of {', '.join(self.body)}")
+    choices = f"choose of {', '.join(self.body)}" if self.body else "these cars have no editor"
+    _check_editable(amounts, self.editor, choices)
     with self._lock:
         with self.without_events():
             self._move_sliders(amounts)
@@ -135,10 +141,7 @@ def load(
     recipe = source if isinstance(source, BlendRecipe) else load_recipe(source)
     amounts = {} if recipe.edits is None else recipe.edits["amounts"]
     editor = self.find_editor(self._find_cars(recipe).pipeline)
-    unknown = sorted(set(amounts) - set(() if editor is None else editor.editable))
-    if unknown:
-        names = ", ".join(unknown)
-        raise CarprotoError(f"this recipe edits {names}, which this studio cannot: open it with its own editor")
+    _check_editable(amounts, editor, "open this recipe with its own editor")
     with self._lock:
         with self.without_events():
             self._move_sliders({})
@@ -146,8 +149,8 @@ def load(
         if recipe.edits is not None:
             with self.without_events():
                 self._move_sliders(amounts)
-            ends = ("z_a", "z_b", "channel_gains_a", "channel_gains_b", "edits")
-            self.new_path(replace(self.path.recipe, **{name: getattr(recipe, name) for name in ends}))
+            edited = {name: getattr(recipe, name) for name in (*EDITED_FIELDS, "edits")}
+            self.new_path(replace(self.path.recipe, **edited))
 
 # %% ../../nbs/8_app/17_body_studio.ipynb #73332f6c
 def open_body_studio(

@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from carproto.app.demo_stages import (
+    CAR_KINDS,
     INTENSITIES,
     DemoBlends,
     DemoCars,
@@ -82,7 +83,7 @@ def measure(
 ) -> dict:  # by topic: regressor, common, futuristic, encoder, blend
     "Measure generators, encoder, inversions and blends on held-out cars."
     numbers = {"regressor": regressor.report}
-    for name in tqdm(("common", "futuristic"), desc="measuring", unit="kind", disable=quiet):
+    for name in tqdm(CAR_KINDS, desc="measuring", unit="kind", disable=quiet):
         numbers[name] = _measure_kind(name, models, blends, cars, plan, regressor, folder)
     numbers["encoder"] = evaluate_encoder(models.encoder, [models.common, models.futuristic])
     numbers["blend"] = {
@@ -151,11 +152,10 @@ def _blend_slider(models: DemoModels, blends: DemoBlends, regressor: FactorRegre
 
 def _inversion_section(pictures: dict[str, Path], numbers: dict) -> Section:
     "Show and measure the inversions."
-    kinds = ("common", "futuristic")
     rows = []
     for name, label in {"distance": "perceptual distance", "psnr": "PSNR (dB)"}.items():
         for state in ("encoded", "refined"):
-            rows.append([f"{label}, {state}", *(numbers[kind][f"{name}_{state}"] for kind in kinds)])
+            rows.append([f"{label}, {state}", *(numbers[kind][f"{name}_{state}"] for kind in CAR_KINDS)])
     r2 = numbers["encoder"]["r2"]
     image_r2 = numbers["encoder"]["image_r2"]
     return Section(
@@ -166,19 +166,18 @@ def _inversion_section(pictures: dict[str, Path], numbers: dict) -> Section:
         [
             Figure(pictures["inverted_common"], "Three rows: held-out common cars, encoded, refined"),
             Figure(pictures["inverted_futuristic"], "Three rows: held-out futuristic cars, encoded, refined"),
-            Table(["", *kinds], rows, "Distance to the held-out car, mean over all pairs"),
+            Table(["", *CAR_KINDS], rows, "Distance to the held-out car, mean over all pairs"),
         ],
     )
 
 
 def _metrics_section(pictures: dict[str, Path], numbers: dict) -> Section:
     "Show the metrics of both generators beside those of real cars."
-    kinds = ("common", "futuristic")
     rows = []
     labels = {"steps": "generator steps", "kid": "KID", "kid_sd": "KID, standard deviation", "copy_rate": "copy rate"}
     for name in ("steps", "kid", "kid_sd", "coverage", "precision", "recall", "copy_rate", "futurism"):
-        generated = [numbers[kind][name] for kind in kinds]
-        real = [numbers[kind]["real"].get(name) for kind in kinds]
+        generated = [numbers[kind][name] for kind in CAR_KINDS]
+        real = [numbers[kind]["real"].get(name) for kind in CAR_KINDS]
         rows.append([labels.get(name, name), *generated, *real])
     n = numbers["common"]["n_real"]
     return Section(
@@ -186,7 +185,7 @@ def _metrics_section(pictures: dict[str, Path], numbers: dict) -> Section:
         f"{n} generated cars of each kind against {n} held-out ones, features of {numbers['common']['extractor']}. "
         "The columns named real show the score of real training cars in their place.",
         [
-            Table(["", *kinds, "real common", "real futuristic"], rows),
+            Table(["", *CAR_KINDS, "real common", "real futuristic"], rows),
             Figure(pictures["curves"], "Curves of loss, logits and KID"),
         ],
     )

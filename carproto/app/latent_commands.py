@@ -15,7 +15,7 @@ from shlex import quote
 import torch
 
 from .body import edit_recipe, find_body, open_editor, parse_edits
-from .commands import open_training, print_result, read_feature_net
+from .commands import open_child_training, print_result
 from .options import Blend, Encode, TrainEncoder
 from .parts import find_encoder
 from .pipeline import CarPipeline
@@ -26,7 +26,6 @@ from ..config import PHOTO_INVERSION, CarprotoError
 from ..data.dataset import open_cars
 from ..data.heldout import open_both
 from ..files import save_json
-from ..gan.train import best_generator
 from ..images import to_tensor
 from ..latent.edit import LatentEditor
 from ..latent.encoder import load_encoder_config
@@ -39,9 +38,7 @@ def tune(
     options: Tune,  # source, data, run and hyperparameters
 ) -> None:
     "Tune a trained run's generator together with an encoder, or resume such a run."
-    parent = best_generator(options.source, "cpu")
-    options = replace(options, fit=options.fit or parent.fit)
-    images, shared = open_training(options, parent.size, read_feature_net(options.source))
+    images, shared = open_child_training(options)
     result = tune_run(
         options.source,
         images,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_SEEDS', 'RUNTIME', 'RUNTIME_FILES', 'PAGE_FILES', 'MIN_SHARE', 'average_path', 'describe_pair', 'export_pair',
-           'find_runtime', 'add_runtime', 'write_page', 'read_card', 'export']
+           'find_runtime', 'add_runtime', 'write_live_page', 'read_card', 'export']
 
 # %% ../../nbs/8_app/34_live_page.ipynb #71860039
 import base64
@@ -210,7 +210,7 @@ _FILES = Path(__file__).parent / "live" if _IS_MODULE else Path("../../carproto/
 PAGE_FILES = ("index.html", "page.css", "page.js", "model.js", "measure.js", "worker.js")
 
 
-def write_page(
+def write_live_page(
     folder: str | Path,  # with pair.onnx and pair.json
 ) -> Path:  # of index.html
     "Write the page's files beside an exported pair."
@@ -253,7 +253,7 @@ def export(
     if options.n_check:
         _check(graph, pipeline, options.n_check)
     if options.page is not None:
-        write_page(folder)
+        write_live_page(folder)
         n_bytes = add_runtime(folder, find_runtime(options.runtime))
         print(f"the page is in {folder}, with {n_bytes / 1e6:.0f} MB of {RUNTIME}; to see it:")
         print(f"python -m http.server --directory {quote(str(folder))}    # then open http://localhost:8000")

@@ -17,7 +17,7 @@ from torch import nn
 from .align import CUT_SIDE, DEFAULT_ALIGN, AlignConfig, CutCar, cut_car, place_car
 from .mask_limits import check_limits
 from .matte import bounding_box
-from ..weights import find_weights, load_config, many, read_weights, whole
+from ..weights import load_net, many, whole
 
 # %% ../../nbs/3_data/14_mask_classifier.ipynb #9a921a10
 _ROWS = slice(14, 90)  # of the frame, that a car can cover
@@ -94,12 +94,7 @@ def load_mask_classifier(
     name: str = "mask_classifier",  # a folder, or the name of a release
 ) -> MaskClassifier:  # in evaluation mode, on the CPU
     "Load the mask classifier; raise `CarprotoError` when it is missing or damaged."
-    folder = find_weights(name)
-    config = load_config(
-        folder, "mask classifier", {"widths": many(whole(1, 1024), 1, 5)}, hint=": give another folder or release"
-    )
-    net = MaskClassifier(config["widths"])
-    return read_weights(net, folder / "model.safetensors").eval()
+    return load_net(MaskClassifier, name, "mask classifier", {"widths": many(whole(1, 1024), 1, 5)})
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ from ..config import CarprotoError
 from .matte import bounding_box, main_part
 from ..files import atomic_path, cache_folder, import_extra
 from ..releases import download
-from ..weights import find_weights, load_config, many, read_weights, whole
+from ..weights import load_net, many, whole
 
 # %% ../../nbs/3_data/15_segmenter.ipynb #fd7f2210
 _RELEASES = "https://github.com/danielgatis/rembg/releases/download/v0.0.0"
@@ -110,11 +110,7 @@ def load_mask_corrector(
     name: str = "mask_corrector",  # a folder, or the name of a release
 ) -> MaskCorrector:  # in evaluation mode, on the CPU
     "Load the mask corrector; raise `CarprotoError` when it is missing or damaged."
-    folder = find_weights(name)
-    config = load_config(
-        folder, "mask corrector", {"widths": many(whole(1, 1024), 1, 4)}, hint=": give another folder or release"
-    )
-    return read_weights(MaskCorrector(config["widths"]), folder / "model.safetensors").eval()
+    return load_net(MaskCorrector, name, "mask corrector", {"widths": many(whole(1, 1024), 1, 4)})
 
 # %% ../../nbs/3_data/15_segmenter.ipynb #b8ecb3f3
 def corrector_box(

@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from ..config import CarprotoError, check_size
 from .paint import render_car, studio_tone
-from .shape import COMMON, VIEWS, CarFactors, proportions, sample_factors
+from .shape import COMMON, TOY_VIEWS, CarFactors, proportions, sample_factors
 
 # %% ../../nbs/1_toycars/03_dataset.ipynb #3b75639c
 class ToyCars(torch.utils.data.Dataset):
     "Rendered cars in memory, with masks and factors."
 
-    target_names = (*VIEWS, "futurism", "red", "green", "blue", "length", "height", "wheel", "light", "tone")
+    target_names = (*TOY_VIEWS, "futurism", "red", "green", "blue", "length", "height", "wheel", "light", "tone")
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class ToyCars(torch.utils.data.Dataset):
     def _target(f: CarFactors) -> list[float]:
         "Convert factors to numbers, in the order of `target_names`."
         p = proportions(f)
-        view = [float(f.view == v) for v in VIEWS]
+        view = [float(f.view == v) for v in TOY_VIEWS]
         paint = colorsys.hsv_to_rgb(f.hue, f.saturation, f.value)
         size = [p["length"], p["height"], p["wheel"]]
         return [*view, f.futurism, *paint, *size, f.light / 90, float(studio_tone(f))]

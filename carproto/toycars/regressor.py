@@ -18,7 +18,7 @@ from ..files import cache_folder
 from ..images import to_tensor
 from .dataset import ToyCars
 from .factor_net import REGRESSOR_SIZE, FactorNet, perturb, shrink
-from .shape import VIEWS
+from .shape import TOY_VIEWS
 from carproto.weights import (
     IN_REPOSITORY,
     check_shapes,
@@ -37,7 +37,7 @@ class FactorRegressor:
 
     def __init__(
         self,
-        target_names: Sequence[str],  # factors in the order of the targets; names in `VIEWS` are one-hot
+        target_names: Sequence[str],  # factors in the order of the targets; names in `TOY_VIEWS` are one-hot
         mean: torch.Tensor,  # (K,) of the targets; 0 for the one-hot ones
         std: torch.Tensor,  # (K,) of the targets; 1 for the one-hot ones
         *,
@@ -58,11 +58,11 @@ class FactorRegressor:
     def split(
         self,
         targets: torch.Tensor,  # (N, K), in their own units
-    ) -> dict[str, torch.Tensor]:  # name -> (N,); the one-hot columns become "view", an index into `VIEWS`
+    ) -> dict[str, torch.Tensor]:  # name -> (N,); the one-hot columns become "view", an index into `TOY_VIEWS`
         "Split targets by factor, and convert the one-hot view to an index."
-        views = [self.target_names.index(name) for name in VIEWS if name in self.target_names]
-        factors = {"view": targets[:, views].argmax(1)} if len(views) == len(VIEWS) else {}
-        return factors | {name: targets[:, i] for i, name in enumerate(self.target_names) if name not in VIEWS}
+        views = [self.target_names.index(name) for name in TOY_VIEWS if name in self.target_names]
+        factors = {"view": targets[:, views].argmax(1)} if len(views) == len(TOY_VIEWS) else {}
+        return factors | {name: targets[:, i] for i, name in enumerate(self.target_names) if name not in TOY_VIEWS}
 
     @torch.inference_mode()
     def _run(self, images: torch.Tensor, batch: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +82,7 @@ class FactorRegressor:
     def predict(
         self,
         images: torch.Tensor,  # (N, 3, H, W), uint8 or float in [-1, 1]
-    ) -> dict[str, torch.Tensor]:  # name -> (N,) in the factor's own unit; "view" is an index into `VIEWS`
+    ) -> dict[str, torch.Tensor]:  # name -> (N,) in the factor's own unit; "view" is an index into `TOY_VIEWS`
         "Predict the factors of each car."
         return self.split(self._run(images)[1])
 
@@ -97,7 +97,7 @@ class FactorRegressor:
 def train_regressor(
     images: torch.Tensor,  # uint8 (N, 3, H, W)
     targets: torch.Tensor,  # float (N, K), in their own units
-    target_names: Sequence[str],  # K names; those in `VIEWS` are one-hot
+    target_names: Sequence[str],  # K names; those in `TOY_VIEWS` are one-hot
     *,
     steps: int = 400,  # number of steps
     batch: int = 128,  # batch size
@@ -115,7 +115,7 @@ def train_regressor(
     order = torch.randperm(len(images), generator=seeded(seed))
     n_heldout = max(2, round(heldout_share * len(images)))
     heldout, train = order[:n_heldout], order[n_heldout:]
-    is_view = torch.tensor([name in VIEWS for name in target_names])
+    is_view = torch.tensor([name in TOY_VIEWS for name in target_names])
     mean = targets[train].mean(0).masked_fill(is_view, 0)
     std = targets[train].std(0).clamp_min(1e-6).masked_fill(is_view, 1)
     with torch.random.fork_rng(devices=[]):
@@ -146,7 +146,7 @@ def evaluate_regressor(
 def _fit(regressor, images, targets, steps, batch, lr, seed, device, quiet):
     "Train the regressor's network in place."
     net = regressor.to(device).net.train().requires_grad_(True)
-    views = torch.tensor([name in VIEWS for name in regressor.target_names])
+    views = torch.tensor([name in TOY_VIEWS for name in regressor.target_names])
     inputs = torch.cat([shrink(part).mul(127.5).add(127.5).round().byte() for part in images.split(1024)]).to(device)
     truth = ((targets.to(device) - regressor.mean) / regressor.std).float()
     optimiser = torch.optim.AdamW(net.parameters(), lr, weight_decay=1e-2)
