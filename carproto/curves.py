@@ -85,7 +85,7 @@ def _plot_panel(axes, label: str, curves: list[tuple[str, Sequence[dict], str]],
         style = ("-", "--")[i // len(PALETTE) % 2]
         marker = "o" if len(xs) < 30 else None
         axes.plot(xs, ys, color=colour, linewidth=1.6, marker=marker, markersize=3.5, linestyle=style)
-        ends.append((ys[-1], name, colour))
+        ends.append((ys[-1], "" if name == label else name, colour))  # a name that the axis bears is not repeated
         if any(sds):
             low, high = zip(*((y - sd, y + sd) for y, sd in zip(ys, sds)))
             axes.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
