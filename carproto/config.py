@@ -169,8 +169,9 @@ class JointConfig(JointOptions, TrainConfig):
 # %% ../nbs/0_base/00_config.ipynb #ffb04e82
 class _ChildOptions:
     def changes(self) -> dict:
-        "Return the options by name, without a batch size of None, which is the parent's."
-        return {name: value for name, value in asdict(self).items() if name != "batch" or value is not None}
+        "Return the options by name, without a batch size or image size of None, which is the parent's."
+        options = asdict(self).items()
+        return {name: value for name, value in options if name not in ("batch", "size") or value is not None}
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,7 @@ class FinetuneConfig(_ChildOptions):
 class TuneConfig(_ChildOptions, JointOptions):
     "Options of one joint tuning; all others are the parent's."
 
+    size: int | None = None  # side of the images, pixels: the parent's, or twice as many; None takes the parent's
     steps: int = 20_000  # number of generator steps; may be raised when the run is resumed
     batch: int | None = None  # batch size of either discriminator; None takes the parent's
     seed: int = 0  # seed of the encoder's weights, order, latents and augmentation

@@ -36,7 +36,7 @@ from carproto.eval.futurism import ENCODER, encoder_features, fit_futurism_probe
 from carproto.eval.metrics import Evaluator  # noqa: E402
 from carproto.files import load_json  # noqa: E402
 from carproto.gan.finetune import finetune_freezed  # noqa: E402
-from carproto.gan.grow import grow_parent  # noqa: E402
+from carproto.gan.grow import grow_config, grow_parent  # noqa: E402
 from carproto.gan.sngan import load_generator  # noqa: E402
 from carproto.gan.train import train_gan  # noqa: E402
 from carproto.latent.encoder import evaluate_encoder, load_encoder, save_encoder  # noqa: E402
@@ -63,13 +63,8 @@ CHILD = FinetuneConfig(n_frozen=2, steps=1000, augment="color,translation,cutout
 
 
 def config_at(size: int) -> JointConfig:
-    """Return the options of a joint run: at twice the size, the channels of all lower blocks stay."""
-    halvings = (size // JOINT.size).bit_length() - 1
-    if not halvings:
-        return JOINT
-    return replace(
-        JOINT, size=size, width=JOINT.width >> halvings, max_channels=16 * JOINT.width, grow_steps=300, report_every=400
-    )
+    """Return the options of a joint run."""
+    return JOINT if size == JOINT.size else replace(grow_config(JOINT), report_every=400)
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
