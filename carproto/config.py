@@ -93,6 +93,7 @@ class TrainConfig:
 
     size: int = 64  # side of the images in pixels: 16, 32, 64, 128 or 256
     width: int = 32  # channels of the generator at full resolution; the paper has 64
+    max_channels: int | None = None  # most channels of the generator's feature maps; None takes 16 x width
     z_dim: int = 128  # size of a latent; a smaller one is easier to invert
     steps: int = 20_000  # number of generator steps; may be raised when the run is resumed
     batch: int = 32  # batch size of either network, over all processes
@@ -107,6 +108,7 @@ class TrainConfig:
     lecam_start: int = 1000  # generator step from which LeCam acts
     ema_images: int = 10_000  # half-life of G_ema, in generated images
     n_frozen: int = 0  # lower blocks of the discriminator that are frozen (FreezeD)
+    grow_steps: int = 0  # first steps of a grown run: G's lower blocks are fixed, and real images sharpen
     feature_net: str | None = None  # torchvision network of a feature discriminator, such as squeezenet1_1
     feature_size: int = 96  # side of the images for that network, pixels
     feature_weight: float = 1.0  # weight of the feature discriminator's hinge loss in the generator's loss
@@ -122,10 +124,11 @@ class TrainConfig:
         _check_precision(self.precision)
         _check(self, "steps batch d_steps report_every ema_images", 1)
         _check(self, "width", 1, MAX_CHANNELS + 1)
+        _check(self, "max_channels", 1, 16 * MAX_CHANNELS + 1)
         _check(self, "z_dim", 1, MAX_Z_DIM + 1)
         _check(self, "lr_g lr_d lr_f feature_weight", above=True)
         _check(self, "beta1 beta2 lecam_decay", 0, 1)
-        _check(self, "lecam_weight lecam_start")
+        _check(self, "lecam_weight lecam_start grow_steps")
         n_blocks = self.size.bit_length() - 2
         if not 0 <= self.n_frozen <= n_blocks:
             raise CarprotoError(
@@ -166,8 +169,9 @@ class JointConfig(JointOptions, TrainConfig):
 # %% ../nbs/0_base/00_config.ipynb #ffb04e82
 class _ChildOptions:
     def changes(self) -> dict:
-        "Return the options by name, without a batch size of None, which is the parent's."
-        return {name: value for name, value in asdict(self).items() if name != "batch" or value is not None}
+        "Return the options by name, without a batch size or image size of None, which is the parent's."
+        options = asdict(self).items()
+        return {name: value for name, value in options if name not in ("batch", "size") or value is not None}
 
 
 @dataclass(frozen=True)
@@ -193,6 +197,7 @@ class FinetuneConfig(_ChildOptions):
 class TuneConfig(_ChildOptions, JointOptions):
     "Options of one joint tuning; all others are the parent's."
 
+    size: int | None = None  # side of the images, pixels: the parent's, or twice as many; None takes the parent's
     steps: int = 20_000  # number of generator steps; may be raised when the run is resumed
     batch: int | None = None  # batch size of either discriminator; None takes the parent's
     seed: int = 0  # seed of the encoder's weights, order, latents and augmentation

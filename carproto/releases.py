@@ -101,10 +101,6 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "8a9cce06187b038e36395ce94faacf549dbcb18b8fe82e790849c16056d4022e",
         "model.safetensors": "0f4d2858a80bbe0805e5c068734e1ab3f58a0bf4fcd71cd6c88c983a4c174ff7",
     },
-    "photo64/futuristic/discriminator": {
-        "config.json": "254360a5dd642a20c48f7d459a40220c219996514bb16df4ff1a51fea741047f",
-        "model.safetensors": "732d18daea5714f262dc6ae0f1ae6c704c0964bb4c07c86567b6bf4d3b3131a5",
-    },
     "photo64/probe": {
         "config.json": "a163c33d323511ba96e2ba3b368813313bc2f318a8ed4740e846ac0f7e6c7938",
         "model.safetensors": "7434ac065e9591f1180455495094d269e5a35d78105e306e4f7e54c70a88b794",
@@ -136,10 +132,6 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
     "toy64/futuristic": {
         "config.json": "9339ce1531e694d9d83bda351ca1c87661dbd6af6d36ffad147c30a7ccb78990",
         "model.safetensors": "4fb552a93370fc52dad899142b8cced024043cbfe50b49ced0862e7d34e6038c",
-    },
-    "toy64/futuristic/discriminator": {
-        "config.json": "22934461373bb547e6259fec7dc288f2cef2b23e622dac8b3de6657a9db86c7d",
-        "model.safetensors": "fdb5672c74d5cbee38c45ff9e9f77ec9405666e1fa2cb610f8afb28d6ac1c0ee",
     },
 }
 

@@ -5,7 +5,14 @@
 
 A pair is a held-out common photo and a held-out concept photo, both refined; the small set is used more than once.
 Futurism is measured twice: by the pair's own probe, which calibrates, and by one on MobileNetV2's features, which does
-not. A frame's realism is its distance to the nearest training photo in MobileNetV2's features at 96 px."""
+not.
+
+A frame's realism is its distance to the nearest training photo, of either kind, in MobileNetV2's features at 96 px. The
+limit is the distance that 5 % of held-out photos exceed. It is taken for each kind: concept cars differ more from each
+other, and their training set is smaller, so real ones lie further off. Each frame's limit is interpolated by its
+intensity, from that of common photos to that of concept photos. One limit for all held-out photos together would follow
+from how many of each kind were collected, here ten common ones to one. It is reported too (`realism_pooled`), with the
+share of real photos of each kind beyond it."""
 
 import argparse
 import time
@@ -31,7 +38,7 @@ from carproto.eval.reconstruction import foreground, mask_iou
 from carproto.images import to_bytes, to_tensor
 
 POSITIONS = [i / 10 for i in range(11)]
-RARE = 0.05  # share of held-out photos that may be further from the training photos than the limit
+RARE = 0.05  # share of held-out photos of a kind that are further from the training photos than its limit
 
 
 def select(inversions: PhotoInversion, i: int) -> PhotoInversion:
@@ -101,29 +108,58 @@ def measure_ends(recipes: list[BlendRecipe], frames: list[torch.Tensor], pipe: C
     }
 
 
-def measure_realism(features: torch.Tensor, n_frames: int, train: torch.Tensor, unseen: torch.Tensor) -> dict:
-    """Compare the frames' distances to training photos with those of held-out photos."""
-    limit = nearest_distance(unseen, train).quantile(1 - RARE).item()
-    far = (nearest_distance(features, train) > limit).view(-1, n_frames)
+def share_beyond(frames: torch.Tensor, limits: torch.Tensor, photos: list[torch.Tensor]) -> dict:
+    """Count frames (pairs, n) beyond limits (n,), and the first and last photos (pairs,) of the same pairs."""
+    far = frames > limits
+    ends = [some > limit for some, limit in zip(photos, limits[[0, -1]])]
     return {
-        "limit": limit,
         "share_of_frames_beyond": far.float().mean().item(),
         "share_of_pairs_with_a_frame_beyond": far.any(1).float().mean().item(),
         "share_beyond_by_intensity": far.float().mean(0).tolist(),
+        "share_of_pairs_with_a_photo_beyond": (ends[0] | ends[1]).float().mean().item(),
     }
 
 
-def measure_by_other_features(sets: dict, frames: list[torch.Tensor], extractor: FeatureExtractor) -> dict:
+def measure_realism(
+    features: torch.Tensor, rows: list[list[int]], train: torch.Tensor, unseen: list[torch.Tensor]
+) -> dict:
+    """Compare the frames' distances to training photos with those of held-out photos, by kind and pooled.
+
+    Rows are the indices of each pair's common photo, and of its concept photo, in the held-out sets."""
+    frames = nearest_distance(features, train).view(len(rows[0]), -1)
+    distances = [nearest_distance(some, train) for some in unseen]
+    photos = [some[chosen] for some, chosen in zip(distances, rows)]
+    low, high, pooled = (some.quantile(1 - RARE) for some in (*distances, torch.cat(distances)))
+    limits = torch.lerp(low, high, torch.linspace(0, 1, frames.shape[1]))
+    shares = [(some > pooled).float().mean().item() for some in distances]
+    return {
+        "realism": {
+            "limits": {"common": low.item(), "futuristic": high.item()},
+            "n_heldout": [len(some) for some in unseen],
+            **share_beyond(frames, limits, photos),
+        },
+        "realism_pooled": {
+            "limit": pooled.item(),
+            "share_of_heldout_photos_beyond": dict(zip(("common", "futuristic"), shares)),
+            **share_beyond(frames, pooled.expand(frames.shape[1]), photos),
+        },
+    }
+
+
+def measure_by_other_features(
+    sets: dict, recipes: list[BlendRecipe], frames: list[torch.Tensor], extractor: FeatureExtractor
+) -> dict:
     """Measure realism, and futurism by a probe that did not calibrate."""
     features = {name: extract_features(images, extractor, show_bar=True) for name, images in sets.items()}
     along = extract_features(torch.cat(frames), extractor, show_bar=True)
-    train, unseen = (torch.cat([features[name] for name in names]) for names in (SETS[::2], SETS[1::2]))
+    train, unseen = torch.cat([features[name] for name in SETS[::2]]), [features[name] for name in SETS[1::2]]
+    rows = [[int(getattr(recipe, name)) for recipe in recipes] for name in ("car_a", "car_b")]
     probe = fit_futurism_probe(features["data"], features["concepts"], extractor=extractor.name)
     low, high = (probe.logit(features[name]) for name in ("heldout", "concepts_heldout"))
     scores = ((probe.logit(along) - low.mean()) / (high.mean() - low.mean())).view(len(frames), -1)
     spearman = torch.tensor([rank_correlation(POSITIONS, row) for row in scores])
     return {
-        "realism": measure_realism(along, len(POSITIONS), train, unseen),
+        **measure_realism(along, rows, train, unseen),
         "other_probe": {
             "extractor": extractor.name,
             "heldout_auc": (high[:, None] > low).float().mean().item(),
@@ -149,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{arguments.release} cannot blend photos: it needs both generators, an encoder and a probe"
         )
     extractor = mobilenet_extractor(arguments.extractor, 96)
-    sets = open_sets(arguments)
+    sets = open_sets(arguments, pipe.common.size)
     cars = []
     for name, kind in (("heldout", "common"), ("concepts_heldout", "futuristic")):
         x = to_tensor(sets[name][: arguments.n])
@@ -172,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         "straight": straight,
         "ends": measure_ends(recipes, frames, pipe, cars),
     }
-    record |= measure_by_other_features(sets, frames, extractor)
+    record |= measure_by_other_features(sets, recipes, frames, extractor)
     record["seconds"] = round(time.monotonic() - start)
     save_and_print(record, arguments.out)
 

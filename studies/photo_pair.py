@@ -1,4 +1,4 @@
-"""Train the photo pair on aligned cars in three stages, each in sittings that may end at any moment; prepare a release.
+"""Train photo pairs on aligned cars in three stages, each in sittings that may end at any moment; prepare a release.
 
     python studies/photo_pair.py parent --data COMMON.zip --heldout HELDOUT.zip --run runs/parent64 OPTIONS
     python studies/photo_pair.py joint --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64 \\
@@ -13,11 +13,12 @@
 OPTIONS: --masks FOLDER --aspect 1.4 --extractor MOBILENET.safetensors --feature_path SQUEEZENET.safetensors. The parent
 is an SN-GAN with heads on SqueezeNet's frozen features; then generator and encoder are tuned jointly; the child is
 fine-tuned with FreezeD. MobileNetV2 at 96 px measures. One seed, since the runs are long. Where a source's folder is
-lost, `--source data/milestones/photo64` goes on from the committed weights, with Adam's moments at zero."""
+lost, `--source data/milestones/photo64` goes on from the committed weights, with Adam's moments at zero. A joint run
+with `--size 128` whose source has 64 px grows the source's networks first, and all later stages take `--size 128`."""
 
 import argparse
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from carproto.eval.futurism import ENCODER, encoder_features, fit_futurism_probe
 from carproto.eval.metrics import Evaluator  # noqa: E402
 from carproto.files import load_json  # noqa: E402
 from carproto.gan.finetune import finetune_freezed  # noqa: E402
+from carproto.gan.grow import grow_config, grow_parent  # noqa: E402
 from carproto.gan.sngan import load_generator  # noqa: E402
 from carproto.gan.train import train_gan  # noqa: E402
 from carproto.latent.encoder import evaluate_encoder, load_encoder, save_encoder  # noqa: E402
@@ -60,6 +62,11 @@ JOINT = JointConfig(**{**asdict(CONFIG), "report_every": 500})
 CHILD = FinetuneConfig(n_frozen=2, steps=1000, augment="color,translation,cutout", lecam_weight=0.0, report_every=250)
 
 
+def config_at(size: int) -> JointConfig:
+    """Return the options of a joint run."""
+    return JOINT if size == JOINT.size else replace(grow_config(JOINT), report_every=400)
+
+
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -70,6 +77,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--masks", type=Path, help="folder with a folder of masks for each set, by its name; default: beside the set"
     )
     parser.add_argument("--aspect", type=float, help="width by height of squashed photos; default: their own")
+    parser.add_argument("--size", type=int, choices=(64, 128), default=64, help="side of the images, pixels")
     parser.add_argument("--extractor", type=Path, required=True, help="MobileNetV2 weights, which measure")
     parser.add_argument("--feature_path", type=Path, help="SqueezeNet 1.1 weights, which train; default: torchvision's")
     parser.add_argument(
@@ -83,10 +91,10 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_aligned(path: Path, arguments: argparse.Namespace) -> CarImages:
-    """Open a set as aligned cars."""
+def open_aligned(path: Path, arguments: argparse.Namespace, size: int) -> CarImages:
+    """Open a set as aligned cars of a size."""
     masks = arguments.masks / path.stem if arguments.masks else None
-    return CarImages(path, CONFIG.size, align=Aligner(AlignConfig(aspect=arguments.aspect), masks=masks))
+    return CarImages(path, size, align=Aligner(AlignConfig(aspect=arguments.aspect), masks=masks))
 
 
 def load_source(source: Path | None, stage: str) -> dict | None:
@@ -109,7 +117,7 @@ def prepare_release(arguments: argparse.Namespace, cars: CarImages, unseen: CarI
     scores = evaluate_encoder(E, [G], heldout=[unseen.images])
     save_encoder(E, arguments.run / "encoder", about={**scores, "steps": load_json(source / "config.json")["steps"]})
     packs = (arguments.concepts, arguments.concepts_heldout)
-    concepts, unseen_concepts = (open_aligned(path, arguments) for path in packs)
+    concepts, unseen_concepts = (open_aligned(path, arguments, arguments.size) for path in packs)
     features = [encoder_features(E, some.images) for some in (cars, concepts, unseen, unseen_concepts)]
     probe = fit_futurism_probe(*features[:2], extractor=ENCODER)
     low, high = (probe.logit(some) for some in features[2:])
@@ -124,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train a stage, or go on with its run."""
     arguments = read_arguments(argv)
     torch.set_num_threads(arguments.threads)
-    cars, unseen = (open_aligned(path, arguments) for path in (arguments.data, arguments.heldout))
+    cars, unseen = (open_aligned(path, arguments, arguments.size) for path in (arguments.data, arguments.heldout))
     if arguments.stage == "release":
         prepare_release(arguments, cars, unseen)
         return
@@ -142,8 +150,13 @@ def main(argv: list[str] | None = None) -> None:
             raise CarprotoError("the child starts from a tuned parent: name its run (--source)")
         result = finetune_freezed(arguments.source, cars.images, arguments.run, **CHILD.changes(), **options)
     elif arguments.stage == "joint":
-        source = load_source(arguments.source, arguments.stage)
-        result = tune_jointly(cars.images, arguments.run, JOINT, parent=source, **options)
+        config, source = config_at(arguments.size), None
+        if load_checkpoint(arguments.run / "checkpoints") is None:
+            source = load_source(arguments.source, arguments.stage)
+            if source["config"]["size"] < config.size:
+                source = grow_parent(source, cars.images)
+                about["growth"] = source["growth"]
+        result = tune_jointly(cars.images, arguments.run, config, parent=source, **options)
     else:
         source = load_source(arguments.source, arguments.stage)
         result = train_gan(cars.images, arguments.run, CONFIG, parent=source, **options)

@@ -95,9 +95,9 @@ def make_parser(description: str, out: str) -> argparse.ArgumentParser:
     return parser
 
 
-def open_sets(arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """Open the four sets as aligned cars, uint8."""
-    return {name: open_aligned(getattr(arguments, name), arguments).images for name in SETS}
+def open_sets(arguments: argparse.Namespace, size: int) -> dict[str, torch.Tensor]:
+    """Open the four sets as aligned cars of a size, uint8."""
+    return {name: open_aligned(getattr(arguments, name), arguments, size).images for name in SETS}
 
 
 def with_steps(pipe: CarPipeline, steps: int) -> InvertConfig:
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     pipe = CarPipeline.from_pretrained(arguments.release)
     extractor = mobilenet_extractor(arguments.extractor, 96)
-    sets = open_sets(arguments)
+    sets = open_sets(arguments, pipe.common.size)
     record = {"release": arguments.release, "fingerprints": pipe.fingerprints, "extractor": extractor.name}
     options = {"extractor": extractor, "n": arguments.n_samples, "truncations": arguments.truncation}
     record["common"] = measure_samples(pipe.common, sets["data"], sets["heldout"], **options)

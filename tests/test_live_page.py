@@ -20,6 +20,7 @@ import torch
 from carproto.app.body import edit_recipe, find_body, find_measure, fit_body
 from carproto.app.live_page import add_runtime, export_pair, find_runtime, write_live_page
 from carproto.app.pipeline import CarPipeline
+from carproto.blend.interpolate import GAIN_POWER
 from carproto.blend.recipe import load_recipe
 from carproto.config import CarprotoError
 from carproto.core import sample_latents
@@ -171,15 +172,19 @@ def test_seeds_are_those_of_the_command_line(page, pipeline, tmp_path):
     assert torch.allclose(torch.tensor(recipe["z_a"]), sample_latents(1, pipeline.common.z_dim, seed=seed)[0])
 
 
-def test_recipe_of_python_opens(page, pipeline, tmp_path):
-    """The path, the levels and the channel gains of a recipe come with it."""
+@pytest.mark.parametrize("is_older", [False, True])
+def test_recipe_of_python_opens(page, pipeline, tmp_path, is_older):
+    """The path, the levels, the channel gains and how fast they fade come with a recipe; an older one is linear."""
     ends = sample_latents(2, pipeline.common.z_dim, seed=77)
     recipe = pipeline.plan_blend(*ends, [0, 0.5, 1], calibrated=False, levels=[1, 0.5, 1, 0, 1])
     noise = torch.randn(pipeline.common.n_channel_gains, generator=torch.Generator().manual_seed(0))
     gains = (1 + 0.2 * noise).tolist()
     recipe = {**vars(recipe), "channel_gains_a": gains, "shown": 1}
+    if is_older:
+        del recipe["gain_power"]
     assert open_recipe(page, json.dumps(recipe)) == "The recipe is open."
     wait_for_rest(page)
+    assert save_recipe(page, tmp_path / "again.json")["gain_power"] == (1 if is_older else GAIN_POWER)
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     image = load_recipe(tmp_path / "recipe.json").generate(*pipeline.generators)[1]
     theirs = to_bytes(image[None])[0].permute(1, 2, 0).numpy()
@@ -260,6 +265,7 @@ def test_mistakes_in_recipes_are_named(page, tmp_path):
         "z_a must hold 6 numbers": json.dumps({**good, "z_a": [1.0]}),
         "path slerp": json.dumps({**good, "mode": "slerp"}),
         "labels rise": json.dumps({**good, "labels": good["labels"][::-1]}),
+        "from 1 to 10": json.dumps({**good, "gain_power": 0}),
         "index of a frame": json.dumps({**good, "shown": 99}),
         "which this page cannot": json.dumps(
             {**good, "edits": {"amounts": {"wings": 1}, "z_a": good["z_a"], "z_b": good["z_b"]}}

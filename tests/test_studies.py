@@ -294,15 +294,36 @@ def test_pair_from_photos_to_release_in_pieces(photos, tmp_path):
     )  # all was done: nothing is trained again
 
 
-def test_a_blend_is_unrealistic_where_one_frame_is_far_from_all_photos():
-    train = torch.eye(40)
-    unseen = train + torch.linspace(0, 1, 40)[:, None] * torch.ones(40) / 40**0.5  # 0 to about 1 away
-    frames = train[:12].clone()  # of three pairs
-    frames[5] += 10
-    realism = study_blends.measure_realism(frames, 4, train, unseen)
+def _distances(n: int, largest: float) -> torch.Tensor:
+    """Return features (n, 2) whose distances to the origin rise evenly from 0."""
+    return torch.linspace(0, largest, n)[:, None] * torch.tensor([0.6, 0.8])
+
+
+def test_a_frame_is_unrealistic_where_it_is_further_off_than_held_out_photos_of_its_kind():
+    train, unseen = torch.zeros(1, 2), [_distances(201, 10.0), _distances(21, 20.0)]
+    frames = torch.zeros(3, 5, 2)  # of three pairs
+    frames[0, 0, 0] = 9.6  # beyond what 95 % of common photos reach, 9.5
+    frames[1, 4, 0] = 18.9  # 95 % of the concept photos are nearer than 19
+    frames[1, 2, 0] = 14.2  # and halfway the limit is 14.25
+    measured = study_blends.measure_realism(frames.flatten(0, 1), [[0, 1, 200], [20, 19, 0]], train, unseen)
+    realism = measured["realism"]
+    assert realism["limits"] == pytest.approx({"common": 9.5, "futuristic": 19.0}, rel=1e-4)
+    assert realism["share_beyond_by_intensity"] == pytest.approx([1 / 3, 0, 0, 0, 0])
     assert realism["share_of_pairs_with_a_frame_beyond"] == pytest.approx(1 / 3)
-    assert realism["share_beyond_by_intensity"] == pytest.approx([0, 1 / 3, 0, 0])
-    assert 0.9 < realism["limit"] < 1  # 95 % of the held-out photos are nearer
+    assert realism["share_of_pairs_with_a_photo_beyond"] == pytest.approx(2 / 3)  # the first's last, the third's first
+
+
+def test_one_limit_for_all_photos_follows_the_larger_set_and_is_reported_with_whom_it_rejects():
+    train, unseen = torch.zeros(1, 2), [_distances(201, 10.0), _distances(21, 20.0)]
+    frames = torch.zeros(3, 5, 2)
+    frames[1, 4, 0] = 18.9
+    measured = study_blends.measure_realism(frames.flatten(0, 1), [[0, 1, 2], [0, 1, 2]], train, unseen)
+    pooled = measured["realism_pooled"]
+    assert 9.5 < pooled["limit"] < 11  # near that of the 201
+    rejected = pooled["share_of_heldout_photos_beyond"]
+    assert rejected["common"] < 0.05 and rejected["futuristic"] > 0.4
+    assert pooled["share_of_pairs_with_a_frame_beyond"] == pytest.approx(1 / 3)
+    assert measured["realism"]["share_of_pairs_with_a_frame_beyond"] == 0
 
 
 def test_one_inversion_is_taken_out_of_many():

@@ -33,14 +33,13 @@ LIMIT_MB = 24
 
 
 def release_generator(run: Path, folder: Path) -> None:
-    """Store the generator that a run is remembered for, and the discriminator, whose features refinement needs."""
+    """Store the generator that a run is remembered for."""
     source = find_generator(run)
     text, data = load_json(source / "config.json"), load_json(run / "data.json")
     about = {name: text[name] for name in ("steps", "kid") if name in text}
     if data.get("frame") is not None:
         about["frame"] = data["frame"]
     save_generator(load_generator(source, "cpu"), folder, half=True, about=about)
-    save_discriminator(load_discriminator(run, "cpu"), folder / "discriminator", half=True)
 
 
 def release_encoder(run: Path, folder: Path, generators: list) -> None:
@@ -155,6 +154,8 @@ def make_release(arguments: argparse.Namespace, folder: Path) -> None:
     with folder_aside(folder.with_name(f"{folder.name}.new")) as aside:
         for part in ("common", "futuristic"):
             release_generator(getattr(arguments, part), aside / part)
+        D = load_discriminator(arguments.common, "cpu")  # whose features refinement compares
+        save_discriminator(D, aside / "common" / "discriminator", half=True)
         release_encoder(
             arguments.encoder,
             aside / "encoder",

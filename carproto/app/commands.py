@@ -182,10 +182,11 @@ def open_training(
 def open_child_training(
     options: Finetune,  # or Tune, with a parent; the rest as in `open_training`
 ) -> tuple[torch.Tensor, dict]:  # as `open_training` returns them
-    "Open the training images of a child, in its parent's size and fit."
+    "Open the training images of a child, in its parent's fit, and in its parent's size unless joint tuning names one."
     parent = best_generator(options.source, "cpu")
     options = replace(options, fit=options.fit or parent.fit)
-    return open_training(options, parent.size, _read_feature_net(options.source))
+    size = options.config.changes().get("size", parent.size)
+    return open_training(options, size, _read_feature_net(options.source))
 
 
 def print_result(

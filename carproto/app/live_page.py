@@ -23,7 +23,7 @@ import torch
 from .body import describe_attribute, find_body, find_measure, fit_body
 from .options import Export
 from .pipeline import CarPipeline
-from ..blend.interpolate import blend_frames
+from ..blend.interpolate import GAIN_POWER, blend_frames
 from ..blend.onnx_graph import OPSET, compare_with_pytorch, write_graph
 from ..blend.speed import plan_speed
 from ..config import CarprotoError
@@ -88,6 +88,7 @@ def describe_pair(
         "z_dim": common.z_dim,
         "n_levels": len(common.blocks) + 1,
         "n_gains": common.n_channel_gains,
+        "gain_power": GAIN_POWER,
         "opset": OPSET,
         "common": fingerprints[0],
         "futuristic": fingerprints[1],

@@ -189,7 +189,7 @@ def calibrate_recipe(
         raise CarprotoError(f"{text}: give a probe, or leave the intensity as it is")
     fixed = None if keep is None else (recipe.labels, getattr(recipe, keep))
     cars = (recipe.z_a, recipe.z_b, recipe.channel_gains_a, recipe.channel_gains_b)
-    key = str((cars, recipe.levels, recipe.mode, keep, fixed))
+    key = str((cars, recipe.levels, recipe.mode, recipe.gain_power, keep, fixed))
     if key not in self._calibrations:
         calibration = yield from calibrate_in_pieces(
             recipe, self.generators, self.futurism, perceptual=self.perceptual, keep=keep

@@ -141,6 +141,19 @@ def _block(g: PairGraph, prefix: str, block: torch.nn.Module, x: str) -> str:
     return g.add("Add", h, shortcut)
 
 # %% ../../nbs/7_blend/06_onnx_graph.ipynb #5171fe24
+def _fade_positions(g: PairGraph, w: str, n: int) -> str:
+    "Add what `gain_power` changes in the first n channel gains, which differ by position."
+    parts = []
+    for name, share in (("gains_a", g.add("Sub", g.constant(1.0), w)), ("gains_b", w)):
+        gains = g.add("Slice", name, g.constant([0]), g.constant([n]), g.constant([1]))
+        gains = g.add("Reshape", gains, g.constant([-1, n // 64, 64]))
+        by_position = g.add("Sub", gains, g.add("ReduceMean", gains, g.constant([2]), keepdims=1))
+        power = g.add("Mul", g.add("Sign", share), g.add("Pow", g.add("Abs", share), "gain_power"))
+        part = g.add("Reshape", by_position, g.constant([-1, n]))
+        parts.append(g.add("Mul", g.add("Sub", power, share), part))
+    return g.add("Add", *parts)
+
+
 def _images(g: PairGraph, G: Generator) -> None:
     "Add the layers from the latents to the images."
     w = g.add("Unsqueeze", "latent", g.constant([1]))
@@ -151,6 +164,8 @@ def _images(g: PairGraph, G: Generator) -> None:
     for i, (block, shape) in enumerate(zip(G.blocks, G.gain_shapes)):
         n = math.prod(shape)
         gain = g.add("Slice", gains, g.constant([first]), g.constant([first + n]), g.constant([1]))
+        if i == 0:
+            gain = g.add("Add", gain, _fade_positions(g, w, n))
         gain = g.add("Reshape", gain, g.constant([-1, *shape]))
         h = g.add("Mul", _block(g, f"blocks.{i}", block, h), gain)
         first += n
@@ -161,14 +176,14 @@ def _images(g: PairGraph, G: Generator) -> None:
 def build_graph(
     common: Generator,  # the generator at intensity 0
     futuristic: Generator,  # its fine-tuned child
-) -> object:  # an `onnx.ModelProto`: z_a, z_b, latent, generator, levels, gains_a, gains_b -> images in [-1, 1]
+) -> object:  # an `onnx.ModelProto`: the inputs of `blend_frames` -> images in [-1, 1]
     "Write both generators and their blend as one graph; raise `CarprotoError` without the package onnx."
     g = PairGraph(common, futuristic)
     _images(g, common)
     helper, number = g.onnx.helper, g.onnx.TensorProto.FLOAT
     size, z, n_gains = common.size, common.z_dim, common.n_channel_gains
     shapes = {"z_a": ["n", z], "z_b": ["n", z], "latent": ["n"], "generator": [2], "levels": [g.n_levels]}
-    shapes |= {"gains_a": ["n", n_gains], "gains_b": ["n", n_gains]}
+    shapes |= {"gains_a": ["n", n_gains], "gains_b": ["n", n_gains], "gain_power": [1]}
     inputs = [helper.make_tensor_value_info(name, number, shape) for name, shape in shapes.items()]
     outputs = [helper.make_tensor_value_info("images", number, ["n", 3, size, size])]
     graph = helper.make_graph(g.nodes, "blend", inputs, outputs, list(g.constants.values()))
@@ -213,7 +228,7 @@ class OnnxPair:
         except Exception as error:  # onnxruntime has no common class of errors
             raise CarprotoError(f"{path} is not a graph that onnxruntime can run: {str(error)[:120]}") from error
         shapes = {x.name: x.shape for x in self.session.get_inputs()}
-        if not {"z_a", "levels", "gains_a"} <= shapes.keys():
+        if not {"z_a", "levels", "gains_a", "gain_power"} <= shapes.keys():
             raise CarprotoError(f"{path} is not the graph of a pair: write it with carproto export")
         self.z_dim, self.n_levels, self.n_gains = shapes["z_a"][1], shapes["levels"][0], shapes["gains_a"][1]
         self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
@@ -233,7 +248,8 @@ class OnnxPair:
     def _run(self, recipe: BlendRecipe, w: float, generator: list[float]) -> np.ndarray:
         "Generate one frame."
         ones = [1.0] * self.n_gains
-        vectors = {"latent": w, "generator": generator, "levels": recipe.levels or [1.0] * self.n_levels}
+        vectors = {"latent": w, "generator": generator, "gain_power": recipe.gain_power}
+        vectors["levels"] = recipe.levels or [1.0] * self.n_levels
         inputs = {name: np.array(values, np.float32).reshape(-1) for name, values in vectors.items()}
         rows = {"z_a": recipe.z_a, "z_b": recipe.z_b}
         rows |= {"gains_a": recipe.channel_gains_a or ones, "gains_b": recipe.channel_gains_b or ones}
@@ -247,7 +263,8 @@ def _random_recipe(G: Generator, seed: int) -> BlendRecipe:
     w = torch.rand(3, generator=source).tolist()
     levels = torch.rand(len(G.blocks) + 1, generator=source).tolist()
     gains = (1 + 0.1 * torch.randn(2, G.n_channel_gains, generator=source)).tolist()
-    return BlendRecipe(z_a, z_b, w[:1], [w[1:]], [0.0], levels, channel_gains_a=gains[0], channel_gains_b=gains[1])
+    ends = {"channel_gains_a": gains[0], "channel_gains_b": gains[1]}
+    return BlendRecipe(z_a, z_b, w[:1], [w[1:]], [0.0], levels, gain_power=1.0 + seed % 3, **ends)
 
 
 def compare_with_pytorch(

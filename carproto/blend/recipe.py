@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .interpolate import MODES, blend_frames
+from .interpolate import GAIN_POWER, MODES, blend_frames
 from ..config import CarprotoError
 from ..files import atomic_path, save_json
 from ..gan.sngan import Generator
@@ -40,6 +40,7 @@ class BlendRecipe:
     futuristic: str = ""  # fingerprint of the futuristic generator
     channel_gains_a: list[float] | None = None  # of the first car, from `invert`; None is 1
     channel_gains_b: list[float] | None = None  # of the second car
+    gain_power: float = GAIN_POWER  # how fast what channel gains differ by position fades, 1 to 10; 1 is linear
     shown: int | None = None  # index of the frame on view; None for all
     edits: dict | None = None  # "amounts" by attribute, and latents and channel gains before; None without edits
 
@@ -89,6 +90,7 @@ def generate_frames(
         generator=generator,
         levels=self.levels,
         channel_gains=[None if values is None else torch.tensor(values) for values in gains],
+        gain_power=self.gain_power,
         mode=self.mode,
         extrapolate=True,
     )
@@ -167,9 +169,12 @@ def load_recipe(
     words = [text.get(key, "") for key in ("car_a", "car_b", "common", "futuristic")]
     if not all(isinstance(word, str) for word in words) or not (shown is None or type(shown) is int and 0 <= shown < n):
         raise CarprotoError(f"{name} is broken: cars and fingerprints are words, shown is the index of a frame")
+    power = text.get("gain_power", 1.0)
+    if type(power) not in (int, float) or not 1 <= power <= 10:
+        raise CarprotoError(f"{name} is broken: gain_power is a number from 1 to 10")
     if text.get("edits") is not None and not _are_edits(text["edits"], len(text["z_a"])):
         raise CarprotoError(f"{name} is broken: edits hold amounts by name, and z_a and z_b before the edit")
-    return BlendRecipe(**text)
+    return BlendRecipe(**{**text, "gain_power": power})
 
 # %% ../../nbs/7_blend/04_recipe.ipynb #f98b1dd5
 def save_blend(

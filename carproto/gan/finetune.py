@@ -41,7 +41,7 @@ def child_config(
         raise CarprotoError(f"{', '.join(sorted(fixed))} cannot differ from the parent's: train a parent with it first")
     if n_frozen is None:
         n_frozen = (parent.size.bit_length() - 2) // 2
-    return replace(parent, **{"n_frozen": n_frozen, "lecam_start": 0, **changes})
+    return replace(parent, **{"n_frozen": n_frozen, "lecam_start": 0, "grow_steps": 0, **changes})
 
 
 def finetune_freezed(

@@ -25,9 +25,10 @@ def channels_at(
     resolution: int,  # side of the feature map
     size: int,  # side of the image at which there are `width` channels
     width: int,  # channels at the full size
-) -> int:  # channels at this resolution, at most 16 x width
+    max_channels: int | None = None,  # at most so many; None takes 16 x width
+) -> int:  # channels at this resolution
     "Return the number of channels of a feature map."
-    return min(16 * width, width * size // resolution)
+    return min(max_channels or 16 * width, width * size // resolution)
 
 # %% ../../nbs/4_gan/01_fused_conv.ipynb #3bbe3756
 def expand_kernel(

@@ -41,7 +41,7 @@ def check_images(
 
 _RESUMABLE = ("steps", "report_every")  # options that may change at any time
 # options that a run cannot change
-_FIXED = ("size", "width", "z_dim", "seed", "feature_net", "feature_size", "n_images", "data_hash")
+_FIXED = ("size", "width", "max_channels", "z_dim", "seed", "feature_net", "feature_size", "n_images", "data_hash")
 
 
 def check_same(

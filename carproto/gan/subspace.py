@@ -16,7 +16,7 @@ from ..config import CarprotoError, TrainConfig
 from ..core import sample_latents
 from ..files import folder_aside, load_json, save_json
 from .session import read_config, read_restrictions
-from .sngan import Generator, measure_statistics, save_generator
+from .sngan import Generator, build_generator, measure_statistics, save_generator
 from ..images import FITS
 from ..run import RunFolder, load_checkpoint, save_checkpoint
 
@@ -56,7 +56,7 @@ def restrict_generator(
     "Restrict a generator to its first latent directions."
     if not 1 <= z_dim <= G.z_dim:
         raise CarprotoError(f"z_dim {z_dim} is not possible: the latent has {G.z_dim} numbers")
-    short, state = Generator(G.size, z_dim, G.width), dict(G.state_dict())
+    short, state = Generator(**{**G.config(), "z_dim": z_dim}), dict(G.state_dict())
     state["linear.weight"] = state["linear.weight"] @ directions[:, :z_dim].to(state["linear.weight"].device)
     short.load_state_dict(state)
     short.fit = G.fit
@@ -79,7 +79,7 @@ def subspace_run(
     if run.exists:
         raise CarprotoError(f"{run_dir} holds a run already: choose another name")
     config = read_config(source)
-    G_ema = Generator(config.size, config.z_dim, config.width)
+    G_ema = build_generator(config)
     G_ema.load_state_dict(state["G_ema"])
     G_ema = measure_statistics(G_ema)
     note = {"step": state["step"], "from": config.z_dim}

@@ -26,8 +26,8 @@ from .feature_discriminator import FeatureHeads
 from .fused_conv import choose_fused
 from .loader import ImageLoader
 from .losses import hinge_discriminator, hinge_generator
-from .regularize import DiffAugment, LeCam
-from .sngan import Discriminator, Generator, measure_statistics
+from .regularize import DiffAugment, LeCam, soften
+from .sngan import Discriminator, Generator, build_generator, measure_statistics
 from .spectral_norm import fixed_weights
 
 # %% ../../nbs/4_gan/08_trainer.ipynb #43d3f52e
@@ -86,7 +86,7 @@ def _build_networks(self: Trainer, compile: bool) -> None:
     "Make both networks, the EMA, and the optimizers; choose fused or unfused layers."
     config = self.config
     layout = {"device": self.device, "memory_format": torch.channels_last}
-    self.G = Generator(config.size, config.z_dim, config.width, seed=config.seed).to(**layout)
+    self.G = build_generator(config).to(**layout)
     self.D = Discriminator(config.size, config.width, seed=config.seed + 1).to(**layout)
     self.G_ema = copy.deepcopy(self.G).requires_grad_(False)
     self.G = join_batches(self.G, self.processes)
@@ -143,6 +143,8 @@ def step_discriminator(
     self.optimizer_d.zero_grad()  # frees the memory of both networks' gradients
     self.optimizer_g.zero_grad()
     real = self.loader.next_batch()
+    if self.step < self.config.grow_steps:
+        real = soften(real, self.step / self.config.grow_steps)
     with torch.no_grad(), self.autocast():
         fake = self.generate_fakes()
     both = torch.cat([self.augment(real, self.noise), self.augment(fake, self.noise)])
@@ -182,6 +184,9 @@ def step_generator(
         total = loss + self.config.feature_weight * sum(hinge_generator(one) for one in head_logits)
         total.backward()
     more = self.step_further()
+    if self.step < self.config.grow_steps:
+        for p in (*self.G.linear.parameters(), *self.G.blocks[:-1].parameters()):
+            p.grad = None
     self.optimizer_g.step()
     self.step += 1
     update_ema(self.G_ema, self.G, self.step, self.config)

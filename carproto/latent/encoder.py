@@ -67,6 +67,10 @@ class LatentEncoder(nn.Module):
         if images.shape[-1] != self.size:
             size = images.shape[-1]
             raise CarprotoError(f"the encoder takes images of {self.size} px, not {size}: resize them first")
+        return self._pool(images)
+
+    def _pool(self, images: torch.Tensor) -> torch.Tensor:
+        "Return the pooled features of images of any size."
         h = self.conv1(images.contiguous(memory_format=torch.channels_last))
         h = self.maxpool(F.relu(self.bn1(h)))
         for i in range(1, 5):
@@ -95,6 +99,7 @@ def _stage(n_in: int, n_out: int, stride: int, norm_layer: Callable[[int], nn.Mo
 
 # %% ../../nbs/6_latent/00_encoder.ipynb #d4b2e8f3
 _SIDE = 32  # of the image that the principal components describe, pixels
+_LARGEST = 64  # side that larger images are averaged down to for the convolutions, pixels
 
 
 class StyleEncoder(LatentEncoder):
@@ -133,6 +138,12 @@ class StyleEncoder(LatentEncoder):
         axes = vectors[:, -self.z_dim :] / values[-self.z_dim :].clamp_min(1e-9).sqrt()
         self.linear.weight.copy_(axes.T)
         self.linear.bias.copy_(-(mean @ axes))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        "Return the pooled features (N, 8 width) of images at 64 px at most."
+        if images.shape[-1] == self.size > _LARGEST:
+            return self._pool(F.interpolate(images.float(), size=(_LARGEST, _LARGEST), mode="area"))
+        return super().features(images)
 
     def _shrink(self, images: torch.Tensor) -> torch.Tensor:
         "Flatten images at the size of the projection."

@@ -9,7 +9,7 @@ __all__ = ['WhitePenalty', 'JointTrainer', 'tune_jointly', 'tune_run']
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from ..eval.perceptual import PerceptualDistance
 from ..eval.reconstruction import explained_variance
 from ..files import load_json
 from ..gan.finetune import load_parent
+from ..gan.grow import grow_config, grow_parent
 from ..gan.loader import ImageLoader
 from ..gan.losses import hinge_generator
 from ..gan.sngan import Generator
@@ -31,6 +32,7 @@ from ..gan.train import Result, train_gan
 from ..gan.trainer import Trainer, update_ema
 from ..images import to_tensor
 from .encoder import StyleEncoder, evaluate_encoder, load_encoder, reconstruct, save_encoder
+from ..run import load_checkpoint
 
 # %% ../../nbs/6_latent/04_joint.ipynb #2233d8a9
 class WhitePenalty:
@@ -266,8 +268,17 @@ def tune_run(
     about: dict | None = None,  # further entries for data.json
     **options,  # of `tune_jointly`
 ) -> Result:  # the generator and the record; its encoder is in final/encoder of the run
-    "Tune the generator of a trained run together with an encoder, or resume that."
+    "Tune a trained run's generator together with an encoder, at its size or, grown, at twice the size; or resume that."
     parent, parent_config = load_parent(source_run)
-    joint = JointConfig(**{**asdict(parent_config), **(config or TuneConfig()).changes()})
+    parent_config, config = replace(parent_config, grow_steps=0), config or TuneConfig()
     origin = {"parent": str(source_run), "parent_step": parent["step"], **(about or {})}
+    if config.size not in (None, parent_config.size):
+        parent_config = grow_config(parent_config)
+        if config.size != parent_config.size:
+            sizes = f"{parent_config.size // 2} or {parent_config.size}"
+            raise CarprotoError(f"size {config.size} is not possible: this parent can be tuned at {sizes} px")
+        if load_checkpoint(Path(run_dir) / "checkpoints") is None:
+            parent = grow_parent(parent, images, quiet=options.get("quiet", False))
+            origin["growth"] = parent["growth"]
+    joint = JointConfig(**{**asdict(parent_config), **config.changes()})
     return tune_jointly(images, run_dir, joint, parent=parent, about=origin, **options)

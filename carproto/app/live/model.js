@@ -200,7 +200,7 @@ export function* measureEdit(car, amounts, editor) {
 const isNumbers = (value) => Array.isArray(value) && value.length > 0 && value.every((v) => typeof v === 'number' && Math.abs(v) < 1e9);
 const LISTS = ['z_a', 'z_b', 'latent', 'labels'];
 const FIELDS = ['z_a', 'z_b', 'latent', 'generator', 'labels', 'levels', 'mode', 'car_a', 'car_b', 'common', 'futuristic', 'channel_gains_a',
-  'channel_gains_b', 'shown', 'edits'];
+  'channel_gains_b', 'gain_power', 'shown', 'edits'];
 
 function checkEdits({ amounts, z_a, z_b, channel_gains_a, channel_gains_b }, pair) {
   const isRight = (z) => isNumbers(z) && z.length === pair.z_dim;
@@ -244,13 +244,17 @@ export function parseRecipe(text, pair) {
   if ((recipe.mode ?? 'norm') !== 'norm') {
     throw new PageError(`This recipe takes the path ${recipe.mode} between its latents: this page shows the path norm. Use carproto blend --recipe.`);
   }
+  const power = recipe.gain_power ?? 1; // recipes from before this field are linear
+  if (!(typeof power === 'number' && power >= 1 && power <= 10)) {
+    throw new PageError('This recipe is broken: gain_power is a number from 1 to 10.');
+  }
   const edits = recipe.edits ?? null;
   if (edits !== null) checkEdits(edits, pair);
   const { shown } = recipe;
   if (!(shown === null || shown === undefined || (Number.isInteger(shown) && shown >= 0 && shown < n))) {
     throw new PageError('This recipe is broken: shown is the index of a frame.');
   }
-  return { ...recipe, generator: rows };
+  return { ...recipe, generator: rows, gain_power: power };
 }
 
 // edited: {a, b}, the cars as they are shown
@@ -274,6 +278,7 @@ export function writeRecipe(state, edited, pair) {
     futuristic: pair.futuristic,
     channel_gains_a: edited.a.gains,
     channel_gains_b: edited.b.gains,
+    gain_power: state.gainPower ?? pair.gain_power,
     shown: labels.indexOf(state.position),
     ...(Object.keys(amounts).length ? { edits: { amounts, ...before } } : {}),
   };

@@ -6,7 +6,7 @@ const N_FRAMES = 9;
 const find = (selector) => document.querySelector(selector);
 const message = find('#message');
 const slider = find('#intensity');
-const state = { a: null, b: null, edits: {}, position: 0.5, path: null, levels: null };
+const state = { a: null, b: null, edits: {}, position: 0.5, path: null, levels: null, gainPower: null };
 const shared = { latencies: [], ready: false, first: null }; // for tests
 let pair;
 let latents;
@@ -94,7 +94,7 @@ async function correct() {
 
 function inputsAt(position) {
   const { a, b } = edited;
-  return { z_a: a.z, z_b: b.z, ...intensitiesAt(state.path, position), levels: state.levels, gains_a: a.gains, gains_b: b.gains };
+  return { z_a: a.z, z_b: b.z, ...intensitiesAt(state.path, position), levels: state.levels, gains_a: a.gains, gains_b: b.gains, gain_power: state.gainPower };
 }
 
 const generate = (position) => ask({ type: 'generate', inputs: inputsAt(position) });
@@ -213,6 +213,7 @@ async function openRecipe(file) {
   [state.a, state.b] = carsOf(edits ?? recipe);
   state.edits = { ...edits?.amounts };
   state.levels = recipe.levels ?? null;
+  state.gainPower = recipe.gain_power;
   if (recipe.labels.length > 1) {
     const [coarse, fine] = [0, 1].map((k) => recipe.generator.map((row) => row[k]));
     state.path = { labels: recipe.labels, latent: recipe.latent, coarse, fine };

@@ -51,7 +51,7 @@ async function start({ backend, hasGpuFiles, pair }) {
 const warmUp = () => ({ z_a: Array(sizes.z_dim).fill(1), z_b: Array(sizes.z_dim).fill(1), latent: 0, generator: [0, 0] });
 
 // The image of one car or blend, channel by channel, in [-1, 1].
-async function run({ z_a, z_b, latent, generator, levels, gains_a, gains_b }) {
+async function run({ z_a, z_b, latent, generator, levels, gains_a, gains_b, gain_power }) {
   const tensor = (values, dims) => new ort.Tensor('float32', Float32Array.from(values), dims);
   const ones = Array(sizes.n_gains).fill(1);
   const feeds = {
@@ -62,6 +62,7 @@ async function run({ z_a, z_b, latent, generator, levels, gains_a, gains_b }) {
     levels: tensor(levels ?? Array(sizes.n_levels).fill(1), [sizes.n_levels]),
     gains_a: tensor(gains_a ?? ones, [1, sizes.n_gains]),
     gains_b: tensor(gains_b ?? ones, [1, sizes.n_gains]),
+    gain_power: tensor([gain_power ?? sizes.gain_power], [1]),
   };
   const { images } = await session.run(feeds);
   return images.getData();
