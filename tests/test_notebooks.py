@@ -20,7 +20,7 @@ if "google.colab" in sys.modules:
     %cd carproto/nbs/tutorials
     %pip install -q -e ../..{extras}
     sys.path.insert(0, "/content/carproto")  # a running kernel does not see what was just installed in this way"""
-MACHINE_PATH = re.compile(r"/(?:home|root|Users|work)/\w")
+MACHINE_PATH = re.compile(r"/(?:home|root|Users|work)/\w|/tmp/tmp\w")
 
 
 def name_of(path: Path) -> str:

@@ -9,6 +9,7 @@ run to run.
 import argparse
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
@@ -19,6 +20,7 @@ from tqdm import tqdm
 KEPT = re.compile(r"^\s*#\s*\|\s*(eval:\s*false|slow|cuda)\s*$", re.MULTILINE)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BAR = re.compile(r"\d+%\|")
+TEMPORARY = re.compile(re.escape(tempfile.gettempdir()) + r"/tmp\w{8}\b")  # a folder of `tempfile.mkdtemp`
 
 
 class StoringClient(NotebookClient):
@@ -31,7 +33,7 @@ class StoringClient(NotebookClient):
 
 
 def join_streams(notebook) -> None:
-    """Join pieces of one stream, whose cuts depend on timing; drop progress bars and widgets."""
+    """Join pieces of one stream, whose cuts depend on timing; drop bars, widgets and names of temporary folders."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
@@ -46,6 +48,9 @@ def join_streams(notebook) -> None:
                 joined[-1].text += output.text
             else:
                 joined.append(output)
+        for output in joined:
+            if output.output_type == "stream":
+                output.text = TEMPORARY.sub("folder", output.text)
         cell.outputs = joined
 
 
