@@ -74,8 +74,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "07103cf781b8bcb15ea5099783703df7f6bb437b3bdfdabe6f4df8c210bb1af2",
     },
     "mask_classifier": {
-        "config.json": "3cf0b3034dcc28ad64365e4433d0df1c2b8df79d6e43913412438c8d045bd4ab",
-        "model.safetensors": "b2e68c4a79c688f7e1b140c8fc18cba86fdef17dd3b4416a84f182bd1640994d",
+        "config.json": "b887d179d78a9288106607df66bc77199bef3c148f812ca9dbd611e4b2952b1a",
+        "model.safetensors": "7e75803b79649a8b2e8aa271d0064ab29890e20131669633050f9bd3099a4399",
     },
     "mask_corrector": {
         "config.json": "1460785dcad332a417cd1554696559052a236470305882c96bf141356b7f3fc1",

@@ -1,16 +1,18 @@
 """Train the classifier that scores a segmented car, on spoiled masks of photos, then on labels given on contact sheets.
 
     python studies/mask_classifier.py --data /photos --masks /masks --out /tmp/mask_classifier
+    python studies/mask_classifier.py --data /photos --masks /masks --out /tmp/mask_classifier --start mask_classifier
 
 It reads data/mask_classifier/labels.json: 1 for a defect, 0.5 for an unsure one, 0 for a good cut-out, 0.12 for a good
 one of an earlier method. It needs the corrected masks of the packs' photos, as `load_segmenter` makes them: `--masks`
 holds a folder of a pack's name for each pack, as studies/alignment.py takes them. Photos and masks are not part of the
 repository.
 
-First the network separates photos from copies of them whose mask lacks a part, or has one too many. Then it is fitted
-to the labels, mixed with these pairs, with photos into which a second car was pasted, and with toy cars. It prints
-the area under the ROC curve on every fifth label, held out of a fit that serves only to measure it, and the share of
-defects among the best 65 and 75 %. The weights written are fitted to all labels.
+First the network separates photos from copies of them whose mask lacks a part, or has one too many; `--start` skips
+this step and takes weights that were fitted before. Then it is fitted to the labels, mixed with these pairs, with
+photos into which a second car was pasted, and with toy cars. It measures the area under the ROC curve on every fourth
+label of current cut-outs, held out of a fit that serves only to measure it, and the share of defects among the best 65
+and 75 %. The weights written are fitted to all labels.
 """
 
 import time
@@ -27,7 +29,13 @@ from tqdm import tqdm
 
 from carproto.config import CarprotoError
 from carproto.data.align import CUT_SIDE, AlignConfig, cut_car
-from carproto.data.mask_classifier import MaskClassifier, classifier_tensor, frame_layers, hide_surroundings
+from carproto.data.mask_classifier import (
+    MaskClassifier,
+    classifier_tensor,
+    frame_layers,
+    hide_surroundings,
+    load_mask_classifier,
+)
 from carproto.data.mask_limits import check_limits
 from carproto.data.masks import mask_name
 from carproto.data.matte import bounding_box, main_part
@@ -261,7 +269,12 @@ def pretrain(clean: np.ndarray, spoiled: np.ndarray, epochs: int, seed: int, bat
 def fit_labels(
     net: MaskClassifier, x: np.ndarray, y: np.ndarray, pairs: tuple, epochs: int, seed: int
 ) -> MaskClassifier:
-    """Fit a pretrained network to labels; a quarter of each batch are clean inputs, and a quarter spoiled ones."""
+    """Fit a pretrained network to labels; a fifth of each batch are clean inputs, and a fifth spoiled ones.
+
+    Labels of defects and unsure ones come twice in an epoch, since they are few.
+    """
+    few = y >= 0.5
+    x, y = np.concatenate([x, x[few]]), np.concatenate([y, y[few]])
     rng, fitted = np.random.default_rng(seed), MaskClassifier()
     fitted.load_state_dict(net.state_dict())
     clean, spoiled = pairs
@@ -299,33 +312,50 @@ def measure(scores: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return {"n": len(is_bad), "n_bad": n_bad, "auc": round(float(auc), 4), **best}
 
 
+def measure_groups(scores: np.ndarray, y: np.ndarray, names: list[str]) -> dict[str, dict]:
+    """Measure all labels, and those of common and of concept cars alone."""
+    groups = {"all": "", "common": "common_cars", "concept": "concept_cars"}
+    chosen = {group: np.array([name.startswith(start) for name in names]) for group, start in groups.items()}
+    return {group: measure(scores[rows], y[rows]) for group, rows in chosen.items()}
+
+
 def main() -> None:
-    """Prepare, train twice, measure and write."""
+    """Prepare, train, measure and write."""
     parser = mask_parser(__doc__.splitlines()[0])
+    parser.add_argument("--start", help="weights to start from, a folder or a release; none: spoiled masks come first")
     parser.add_argument("--n_photos", type=int, default=9000, help="photos of each pack that are spoiled")
     parser.add_argument("--n_pasted", type=int, default=2000, help="photos into which a second car is pasted")
+    parser.add_argument("--n_toys", type=int, default=480, help="toy cars")
     parser.add_argument("--epochs", nargs=2, type=int, default=(4, 8), help="of both steps")
     arguments = parser.parse_args()
-    start, rng = time.monotonic(), np.random.default_rng(arguments.seed)
+    seed, (epochs, epochs_labels) = arguments.seed, arguments.epochs
+    start, rng = time.monotonic(), np.random.default_rng(seed)
     labels = load_json(arguments.labels)
     labelled = describe_photos(arguments.data, arguments.masks, arguments.aspect, set(labels), len(labels))
-    photos = describe_photos(arguments.data, arguments.masks, arguments.aspect, None, arguments.n_photos)
+    if arguments.start:
+        good = [layers for name, layers in labelled.items() if labels[name] == 0]
+        photos = [good[i] for i in rng.permutation(len(good))[: arguments.n_photos]]
+    else:
+        described = describe_photos(arguments.data, arguments.masks, arguments.aspect, None, arguments.n_photos)
+        photos = list(described.values())
     x, y = (
         np.stack([hide_surroundings(one) for one in labelled.values()]),
         np.array([labels[name] for name in labelled], float),
     )
-    clean, spoiled = make_pairs(list(photos.values()), rng)
-    toys = make_pairs(render_toys(480, rng), rng)
-    pasted = paste_pairs(list(photos.values()), arguments.n_pasted, rng)
+    clean, spoiled = make_pairs(photos, rng)
+    toys = make_pairs(render_toys(arguments.n_toys, rng), rng)
+    pasted = paste_pairs(photos, arguments.n_pasted, rng)
     pairs = tuple(np.concatenate(several) for several in zip((clean, spoiled), toys, pasted))
-    net = pretrain(clean, spoiled, arguments.epochs[0], arguments.seed)
-    is_held = np.arange(len(x)) % 5 == 0
-    part = fit_labels(net, x[~is_held], y[~is_held], pairs, arguments.epochs[1], arguments.seed)
+    net = load_mask_classifier(arguments.start) if arguments.start else pretrain(clean, spoiled, epochs, seed)
+    is_held = np.zeros(len(x), bool)
+    is_held[np.flatnonzero(y != 0.12)[::4]] = True  # 0.12 is a label of an earlier cut-out
+    part = fit_labels(net, x[~is_held], y[~is_held], pairs, epochs_labels, seed)
     sizes = {"n_spoiled": len(clean), "n_pasted": len(pasted[0]), "n_toys": len(toys[0])}
     counts = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum())}
     report = {**counts, **sizes}
-    report["held_out"] = measure(score_all(part, x[is_held]), y[is_held])
-    final = fit_labels(net, x, y, pairs, arguments.epochs[1], arguments.seed)
+    held = [name for name, is_one in zip(labelled, is_held) if is_one]
+    report["held_out"] = measure_groups(score_all(part, x[is_held]), y[is_held], held)
+    final = fit_labels(net, x, y, pairs, epochs_labels, seed)
     config = {"kind": "mask classifier", "widths": list(final.widths), "report": report}
     save_weights(final, arguments.out, config, half=True)
     print(describe_command(), describe_environment()["commit"], report, f"{time.monotonic() - start:.0f} s")

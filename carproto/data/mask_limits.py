@@ -79,9 +79,9 @@ def check_limits(
     "Name the first limit that a mask breaks."
     n = measure_mask(mask, stretch)
     if n["area"] < config.min_area / 5:
-        return f"no car (mask covers {n['area']:.1%})"
+        return f"no car (mask covers {n['area']:.1%}; the picture shows none, or one that fills it)"
     if n["area"] < config.min_area:
-        return f"car too small ({n['area']:.1%} of the picture)"
+        return f"car too small ({n['area']:.1%} of the picture; of a car that fills it, only parts are found)"
     is_filled = config.min_fill <= n["fill"] <= config.max_fill
     is_shaped = config.shape[0] <= n["shape"] <= config.shape[1]
     rules = (
