@@ -8,6 +8,7 @@ __all__ = ['MAX_WIDTH', 'INK', 'PAPER', 'PALETTE', 'add_title', 'as_pictures', '
 
 # %% ../nbs/0_base/09_viz.ipynb #000913ee
 import io
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -165,6 +166,8 @@ def show(
         picture = add_title(picture, title)
     format = "png" if isinstance(picture, Figure) else "jpeg"
     display(Output(data=encode_picture(picture, format), format=format, alt=title))
+    if isinstance(picture, Figure) and "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close(picture)  # else pyplot displays it again at the end of the cell
 
 # %% ../nbs/0_base/09_viz.ipynb #346e81a1
 def image_strip(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['frame_layers', 'hide_surroundings', 'classifier_inputs', 'MaskClassifier', 'classifier_tensor',
-           'load_mask_classifier', 'score_mask', 'cut_checked', 'check_mask']
+           'load_mask_classifier', 'score_mask', 'cut_checked']
 
 # %% ../../nbs/3_data/14_mask_classifier.ipynb #d86bb060
 from functools import cache
@@ -127,14 +127,3 @@ def cut_checked(
         if score > config.max_defect_score:
             return None, f"bad cut-out (defect score {score:.2f})"
     return car, None
-
-
-def check_mask(
-    picture: Image.Image,  # RGB
-    mask: Image.Image,  # 8-bit greyscale, white on the car; of the same shape as the picture
-    config: AlignConfig = DEFAULT_ALIGN,
-    *,
-    mirrored: bool | None = None,  # whether the nose points right; None when it is not known
-) -> str | None:  # reason to reject it, with the number behind it; None when the mask is accepted
-    "Compare a mask with the limits, then score the cut-out car."
-    return cut_checked(picture, mask, config, mirrored=mirrored)[1]
