@@ -74,8 +74,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "07103cf781b8bcb15ea5099783703df7f6bb437b3bdfdabe6f4df8c210bb1af2",
     },
     "mask_classifier": {
-        "config.json": "b887d179d78a9288106607df66bc77199bef3c148f812ca9dbd611e4b2952b1a",
-        "model.safetensors": "7e75803b79649a8b2e8aa271d0064ab29890e20131669633050f9bd3099a4399",
+        "config.json": "177f857b726411805dcac44b36f2d0a4f3c66cc0788651e23046464375e8c04b",
+        "model.safetensors": "7f9303a05a9affa4683337c1b394a543b3b3e07c7decf7b77840419f9774ed1a",
     },
     "mask_corrector": {
         "config.json": "1460785dcad332a417cd1554696559052a236470305882c96bf141356b7f3fc1",
