@@ -13,7 +13,7 @@
 OPTIONS: --masks FOLDER --aspect 1.4 --extractor MOBILENET.safetensors --feature_path SQUEEZENET.safetensors. The parent
 is an SN-GAN with heads on SqueezeNet's frozen features; then generator and encoder are tuned jointly; the child is
 fine-tuned with FreezeD. MobileNetV2 at 96 px measures. One seed, since the runs are long. Where a source's folder is
-lost, `--source data/milestones/photo64` goes on from the committed weights, with Adam's moments at zero. A joint run
+lost, `--source data/milestones/photo128` goes on from the committed weights, with Adam's moments at zero. A joint run
 with `--size 128` whose source has 64 px grows the source's networks first, and all later stages take `--size 128`."""
 
 import argparse
@@ -41,7 +41,7 @@ from carproto.gan.sngan import load_generator  # noqa: E402
 from carproto.gan.train import train_gan  # noqa: E402
 from carproto.latent.encoder import evaluate_encoder, load_encoder, save_encoder  # noqa: E402
 from carproto.latent.joint import tune_jointly  # noqa: E402
-from carproto.run import load_checkpoint  # noqa: E402
+from carproto.run import RunFolder, load_checkpoint  # noqa: E402
 
 CONFIG = TrainConfig(
     size=64,
@@ -150,12 +150,16 @@ def main(argv: list[str] | None = None) -> None:
             raise CarprotoError("the child starts from a tuned parent: name its run (--source)")
         result = finetune_freezed(arguments.source, cars.images, arguments.run, **CHILD.changes(), **options)
     elif arguments.stage == "joint":
-        config, source = config_at(arguments.size), None
-        if load_checkpoint(arguments.run / "checkpoints") is None:
+        config, source, run = config_at(arguments.size), None, RunFolder(arguments.run)
+        if load_checkpoint(run.checkpoints) is not None:
+            config = replace(config, grow_steps=run.config().get("grow_steps", 0))
+        else:
             source = load_source(arguments.source, arguments.stage)
             if source["config"]["size"] < config.size:
                 source = grow_parent(source, cars.images)
                 about["growth"] = source["growth"]
+            else:
+                config = replace(config, grow_steps=0)
         result = tune_jointly(cars.images, arguments.run, config, parent=source, **options)
     else:
         source = load_source(arguments.source, arguments.stage)

@@ -4,21 +4,24 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from carproto.config import CarprotoError, TrainConfig
+from carproto.config import CarprotoError, JointConfig, TrainConfig
 from carproto.core import sample_latents
 from carproto.files import load_json
 from carproto.gan.finetune import child_config, finetune_freezed
 from carproto.gan.fused_conv import ConvPool, UpConv
-from carproto.gan.sngan import Generator, load_generator
+from carproto.gan.sngan import Generator, load_generator, measure_statistics
 from carproto.gan.train import train_gan
 from carproto.images import to_picture
 from carproto.latent.encoder import load_encoder
+from carproto.latent.joint import tune_jointly
 from carproto.run import RunFolder, load_checkpoint
 from carproto.toycars.dataset import ToyCars
 from carproto.toycars.shape import FUTURISTIC
@@ -29,8 +32,10 @@ import _record as study_record  # noqa: E402
 import freezed as study_freezed  # noqa: E402
 import parity as study_parity  # noqa: E402
 import photo_blends as study_blends  # noqa: E402
+import photo_pair as study_pair  # noqa: E402
 import train_release as train_pair  # noqa: E402
 import training_recipe as study_recipe  # noqa: E402
+from milestone import write_milestone  # noqa: E402
 
 TINY = ["--n_heldout", "16", "--n_train", "16"]
 
@@ -324,6 +329,29 @@ def test_one_limit_for_all_photos_follows_the_larger_set_and_is_reported_with_wh
     assert rejected["common"] < 0.05 and rejected["futuristic"] > 0.4
     assert pooled["share_of_pairs_with_a_frame_beyond"] == pytest.approx(1 / 3)
     assert measured["realism"]["share_of_pairs_with_a_frame_beyond"] == 0
+
+
+def test_photo_pair_grows_a_run_of_64_px_and_goes_on_with_its_options(tmp_path, monkeypatch):
+    for module in ("trainer", "grow"):  # 2,048 images at 128 px take most of the time
+        few = partial(measure_statistics, n_batches=2, batch=8)
+        monkeypatch.setattr(f"carproto.gan.{module}.measure_statistics", few)
+    tiny = {"width": 2, "z_dim": 8, "batch": 4, "photo_batch": 4, "encoder_width": 8, "lecam_weight": 0.0}
+    monkeypatch.setattr(study_pair, "JOINT", JointConfig(size=64, steps=1, report_every=1, **tiny))
+    frame = SimpleNamespace(config=study_pair.AlignConfig())
+    opened = {size: SimpleNamespace(images=ToyCars(16, size, seed=1).images, align=frame) for size in (64, 128)}
+    monkeypatch.setattr(study_pair, "open_aligned", lambda path, arguments, size: opened[size])
+    monkeypatch.setattr(study_pair, "mobilenet_extractor", lambda path, size: None)
+    monkeypatch.setattr(study_pair, "Evaluator", lambda *images, **options: SimpleNamespace(evaluate=lambda G: {}))
+    monkeypatch.setattr(study_pair, "grow_parent", partial(study_pair.grow_parent, steps=1))
+    tune_jointly(opened[64].images, tmp_path / "64", study_pair.JOINT, parent=None, quiet=True, device="cpu")
+    inputs = ["joint", "--data", "a.zip", "--heldout", "b.zip", "--extractor", "x", "--size", "128", "--threads", "1"]
+    for _ in range(2):  # the second time nothing is left to do
+        study_pair.main([*inputs, "--source", str(tmp_path / "64"), "--run", str(tmp_path / "128")])
+    assert load_generator(tmp_path / "128/final", "cpu").size == 128
+    assert RunFolder(tmp_path / "128").config()["grow_steps"] == 300
+    write_milestone(tmp_path / "128", tmp_path / "milestone")
+    study_pair.main([*inputs, "--source", str(tmp_path / "milestone"), "--run", str(tmp_path / "again")])
+    assert RunFolder(tmp_path / "again").config()["grow_steps"] == 0  # all layers have been trained at 128 px
 
 
 def test_one_inversion_is_taken_out_of_many():
