@@ -81,6 +81,30 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "config.json": "1460785dcad332a417cd1554696559052a236470305882c96bf141356b7f3fc1",
         "model.safetensors": "4fb210c8bdb83ee2c6673dc6936bebf5fb54c0eeff16a48cc48ba3e584802189",
     },
+    "photo128/common": {
+        "config.json": "08767830448fb76ec2f3becb88238048c449fc8911f0856b96720103587e0cee",
+        "model.safetensors": "66d6d754da3cd53d969f6768963ff6695ce982cc4840576b4323e6d8559d2686",
+    },
+    "photo128/common/discriminator": {
+        "config.json": "37b0238b50d9c4b82a6de20c7708b1d2473c61125437f7e7440f920b73bf08df",
+        "model.safetensors": "927214eb16eafbaa6d06ea2b559b7630db39b9295f951b2eace12a517b717abf",
+    },
+    "photo128/editor": {
+        "config.json": "7d292639528582033c74893dfb881602042c764b5bfd95d263b3c8acc8427ebb",
+        "model.safetensors": "9597c74fe06269603cfe3cf724363a8e84eb64cf232de186f9fadee1ff7da055",
+    },
+    "photo128/encoder": {
+        "config.json": "68288ec36c643b437ff462f144d43ab48dc6aa23e6c1f4205a0feb8ebdda079a",
+        "model.safetensors": "e81469c0ed482f2e9e7f8bd258d83404ea37028fbc46092141a31699984b5eff",
+    },
+    "photo128/futuristic": {
+        "config.json": "b58cdcd641f4727fb19d32b1e3b2ba9f216c46a22ac7d1bcd0390a3a393c9f60",
+        "model.safetensors": "984900dc009f1d588fe3909d3be7cdaa94e98265b2873dea3b8150780dcf6d05",
+    },
+    "photo128/probe": {
+        "config.json": "8b37d14b90a6c047f030e5c82312e366e8d141501c87470c3bb6f63536f40ed0",
+        "model.safetensors": "3683ea35d07916a38051a5828245fc897941cf00e6a481316a65f8961e76ab41",
+    },
     "photo64/common": {
         "config.json": "6b3fd80e748f0d98d83cb795ce8d146f74cbae622126a1d4bf54769a8c14a9f0",
         "model.safetensors": "56eb3f72f9fb4b0c39465c87acf29008beb3afa9e27ba0c5069d2c4396b96a22",

@@ -399,9 +399,9 @@ def test_upload_of_what_is_no_car(released, name, reason):
 
 def test_switch_of_the_pair(released):
     pairs = options(released, "pipeline-list")
-    assert pairs == ["toy cars", "aligned photos"]
+    assert pairs == ["toy cars", "aligned photos, 64 px", "aligned photos, 128 px"]
     toys = seen(released)
-    choose(released, "pipeline-list", "aligned photos")
+    choose(released, "pipeline-list", "aligned photos, 64 px")
     wait_for_rest(released)
     assert "futurism" in released.locator(".carproto-curves").inner_text() and seen(released) != toys
     photograph(released, "photos")

@@ -182,7 +182,8 @@ def _add_scale(parts: PipelineParts, spec: str | Path, backbone: str | Path | No
 # %% ../../nbs/8_app/02_parts.ipynb #a83267cd
 RELEASED_PIPELINES = {  # name: title, and a seed whose cars both generators generate well
     "toy64": ("toy cars", 1),
-    "photo64": ("aligned photos", 1),
+    "photo64": ("aligned photos, 64 px", 1),
+    "photo128": ("aligned photos, 128 px", 1),
 }
 _KINDS = {
     "seed": whole(0, 2**31 - 1),
