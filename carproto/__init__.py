@@ -23,7 +23,7 @@ _HOME = {
     "blend_latents": "blend.interpolate",
     "blend_generators": "blend.interpolate",
     "blend_frames": "blend.interpolate",
-    "CarPipeline": "app.pipeline",
+    "CarPipeline": "app.body",  # from app.pipeline, with `edit`
     "IntensityStudio": "app.studio",
 }
 __all__ = [*_HOME]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 
 from .pipeline import CarPipeline
 from ..blend.recipe import BlendRecipe
@@ -87,10 +88,28 @@ def describe_attribute(
     "Say how an attribute is shown."
     return ATTRIBUTES.get(name, Attribute(name.replace("_", " ").capitalize(), "", decimals=2))
 
+# %% ../../nbs/8_app/04_body.ipynb #e88141c7
+ALIASES = {"roof": "height"}  # other names of attributes
+
+
+@patch
+def edit(
+    self: CarPipeline,
+    z: torch.Tensor,  # (N, z_dim) or (z_dim,), on the CPU
+    attribute: str,  # one of `editor.editable`, such as "height", or "hue"
+    amount: float,  # change, in the attribute's unit; of hue the goal, in degrees
+    *,
+    channel_gains: torch.Tensor | None = None,  # (N, n_channel_gains) or (n_channel_gains,), as z; None means 1
+    editor: LatentEditor | None = None,  # from `fit_body`; None loads the one of the release or folder
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # latents and channel gains, as `generate` takes them
+    "Change one attribute of cars; raise `CarprotoError` without an editor, and for an attribute that it cannot edit."
+    if editor is None and self.source is not None:
+        editor = find_body(self, self.source)
+    if editor is None:
+        raise CarprotoError("this pipeline has no editor: fit one, `editor=fit_body(pipe)`")
+    return editor.edit(z, {ALIASES.get(attribute, attribute): amount}, channel_gains)
+
 # %% ../../nbs/8_app/04_body.ipynb #03ef5718
-ALIASES = {"roof": "height"}  # other names of attributes, on the command line
-
-
 def parse_edits(
     text: str,  # such as "roof=-0.05,hue=200"
 ) -> dict[str, float]:  # change by attribute, in its unit

@@ -19,6 +19,7 @@ from .parts import PipelineParts, load_parts, load_release, save_parts
 from .photos import Photo, PhotoInversion, invert_photos, make_aligner, name_photos, open_photos, turn_left
 from ..blend.calibrate import NOT_RISING, calibrate_in_pieces
 from ..blend.interpolate import check_intensities
+from ..blend.onnx_graph import write_graph
 from ..blend.path_planning import run_to_end
 from ..blend.recipe import BlendRecipe
 from ..config import CarprotoError, InvertConfig, check_seed
@@ -38,7 +39,7 @@ class CarPipeline(PipelineParts):
 
     def __post_init__(self):
         super().__post_init__()
-        self._calibrations = {}
+        self._calibrations, self.source = {}, None  # the release or folder that `from_pretrained` loaded
         self._generated = GeneratedCars()
 
     @classmethod
@@ -51,7 +52,9 @@ class CarPipeline(PipelineParts):
         device: str = "cpu",  # where the networks run
     ) -> "CarPipeline":  # with a note on missing parts
         "Load a release or a saved pipeline; raise `CarprotoError` when its generators cannot be had."
-        return cls._of(load_release(name, backbone=backbone, segment=segment, device=device))
+        pipeline = cls._of(load_release(name, backbone=backbone, segment=segment, device=device))
+        pipeline.source = str(name)
+        return pipeline
 
     @classmethod
     def from_parts(
@@ -191,11 +194,8 @@ def calibrate_recipe(
     cars = (recipe.z_a, recipe.z_b, recipe.channel_gains_a, recipe.channel_gains_b)
     key = str((cars, recipe.levels, recipe.mode, recipe.gain_power, keep, fixed))
     if key not in self._calibrations:
-        calibration = yield from calibrate_in_pieces(
-            recipe, self.generators, self.futurism, perceptual=self.perceptual, keep=keep
-        )
-        self._calibrations = {key: calibration}
-        return calibration
+        inputs = (recipe, self.generators, self.futurism)
+        self._calibrations = {key: (yield from calibrate_in_pieces(*inputs, perceptual=self.perceptual, keep=keep))}
     return self._calibrations[key]
 
 
@@ -288,3 +288,12 @@ def save_pretrained(
 ) -> Path:  # the folder
     "Write all parts as safetensors and config.json; raise `CarprotoError` for one that was made by hand."
     return save_parts(self, folder)
+
+
+@patch
+def export(
+    self: CarPipeline,
+    path: str | Path,  # the file, ending in .onnx
+) -> Path:  # the same path
+    "Write both generators and their blend as an ONNX graph; raise `CarprotoError` without a child or the package onnx."
+    return write_graph(self.common, self.generator("futuristic"), path)
