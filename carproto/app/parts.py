@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from .photos import Photo, make_aligner, open_photos
 from ..blend.speed import regressor_features
 from ..config import PHOTO_INVERSION, STYLE_INVERSION, CarprotoError, InvertConfig
 from ..data.align import config_from_frame
+from ..data.masks import Aligner
 from ..data.segmenter import load_segmenter
 from ..eval.futurism import FuturismProbe, futurism_scale
 from ..eval.perceptual import PerceptualDistance, discriminator_features
@@ -83,6 +85,22 @@ class PipelineParts:
         if not callable(self.segment):
             self.segment = load_segmenter(config_from_frame(self.frame).mask_model, self.segment)
         return self.segment(picture)
+
+    def load_photos(
+        self,
+        photos: Sequence[Photo],  # files, or their contents
+        **options,  # names and views, as `open_photos` takes them
+    ) -> torch.Tensor:  # float (N, 3, size, size) in [-1, 1]
+        "Open photos as the training images were; raise `CarprotoError` for one that is broken or cannot be aligned."
+        opening = {"fit": self.fit, "frame": self.frame, "segment": self.segment_car, **options}
+        return open_photos(photos, self.common.size, **opening)
+
+    def aligner_for(
+        self,
+        path: str | Path,  # folder or zip of photos, or toycars
+    ) -> Aligner | None:  # what `open_cars` takes as `align`; None where the weights know photos as they are
+        "Make what aligns a data set to the weights' frame; raise `CarprotoError` for a folder of another one."
+        return make_aligner(path, self.frame, self.segment)
 
 # %% ../../nbs/8_app/02_parts.ipynb #46323830
 def load_parts(

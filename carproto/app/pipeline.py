@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 from .cars import Car, GeneratedCars, latent_of_seed, name_car
 from .parts import PipelineParts, load_parts, load_release, save_parts
-from .photos import Photo, PhotoInversion, invert_photos, make_aligner, name_photos, open_photos, turn_left
+from .photos import Photo, PhotoInversion, invert_photos, name_photos, turn_left
 from ..blend.calibrate import NOT_RISING, calibrate_in_pieces
 from ..blend.interpolate import check_intensities
 from ..blend.onnx_graph import write_graph
@@ -24,7 +24,6 @@ from ..blend.path_planning import run_to_end
 from ..blend.recipe import BlendRecipe
 from ..config import CarprotoError, InvertConfig, check_seed
 from ..core import sample_latents
-from ..data.masks import Aligner
 from ..eval.features import FeatureExtractor
 from ..eval.metrics import Evaluator
 from ..eval.reconstruction import explained_variance
@@ -95,25 +94,6 @@ def generate(
     images = G(*inputs).cpu()
     self._generated.add(images, z, channel_gains)
     return images
-
-# %% ../../nbs/8_app/03_pipeline.ipynb #64229ac9
-@patch
-def load_photos(
-    self: CarPipeline,
-    photos: Sequence[Photo],  # files, or their contents
-    **options,  # names and views, as `open_photos` takes them
-) -> torch.Tensor:  # float (N, 3, size, size) in [-1, 1]
-    "Open photos as the training images were; raise `CarprotoError` for one that is broken or cannot be aligned."
-    return open_photos(photos, self.common.size, fit=self.fit, frame=self.frame, segment=self.segment_car, **options)
-
-
-@patch
-def aligner_for(
-    self: CarPipeline,
-    path: str | Path,  # folder or zip of photos, or toycars
-) -> Aligner | None:  # what `open_cars` takes as `align`; None where the weights know photos as they are
-    "Make what aligns a data set to the weights' alignment frame; raise `CarprotoError` for a folder of another one."
-    return make_aligner(path, self.frame, self.segment)
 
 # %% ../../nbs/8_app/03_pipeline.ipynb #cb118e8a
 @patch
