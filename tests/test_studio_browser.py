@@ -355,8 +355,9 @@ def test_first_frame_of_a_new_path(released):
 
 
 def test_released_pair_is_measured(released):
-    press(released, "End")
-    wait_for_rest(released)
+    if "intensity 1.00" not in released.locator(".carproto-curves").inner_text():  # as the test before left it
+        press(released, "End")
+        wait_for_rest(released)
     words = released.locator(".carproto-curves").inner_text()
     assert all(word in words for word in ("intensity 1.00", "futurism", "similarity", "mask IoU"))
     assert released.locator(".carproto-curves polyline").count() == 3
