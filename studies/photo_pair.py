@@ -61,6 +61,8 @@ CONFIG = TrainConfig(
 JOINT = JointConfig(**{**asdict(CONFIG), "report_every": 500})
 CHILD = FinetuneConfig(n_frozen=2, steps=1000, augment="color,translation,cutout", lecam_weight=0.0, report_every=250)
 
+GROW_STEPS = 800  # of fitting new layers; those of photo128's discriminator had 300
+
 
 def config_at(size: int) -> JointConfig:
     """Return the options of a joint run."""
@@ -156,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             source = load_source(arguments.source, arguments.stage)
             if source["config"]["size"] < config.size:
-                source = grow_parent(source, cars.images)
+                source = grow_parent(source, cars.images, steps=GROW_STEPS)
                 about["growth"] = source["growth"]
             else:
                 config = replace(config, grow_steps=0)

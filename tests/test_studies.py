@@ -342,7 +342,7 @@ def test_photo_pair_grows_a_run_of_64_px_and_goes_on_with_its_options(tmp_path, 
     monkeypatch.setattr(study_pair, "open_aligned", lambda path, arguments, size: opened[size])
     monkeypatch.setattr(study_pair, "mobilenet_extractor", lambda path, size: None)
     monkeypatch.setattr(study_pair, "Evaluator", lambda *images, **options: SimpleNamespace(evaluate=lambda G: {}))
-    monkeypatch.setattr(study_pair, "grow_parent", partial(study_pair.grow_parent, steps=1))
+    monkeypatch.setattr(study_pair, "GROW_STEPS", 1)
     tune_jointly(opened[64].images, tmp_path / "64", study_pair.JOINT, parent=None, quiet=True, device="cpu")
     inputs = ["joint", "--data", "a.zip", "--heldout", "b.zip", "--extractor", "x", "--size", "128", "--threads", "1"]
     for _ in range(2):  # the second time nothing is left to do
