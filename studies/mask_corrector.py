@@ -1,12 +1,17 @@
 """Train the network that corrects the masks of cars, on spoiled masks of photos whose own mask is good.
 
-    python studies/mask_corrector.py --data /photos --masks /masks --out /tmp/mask_corrector
+    python studies/mask_corrector.py --data /photos --masks /masks --before /before --network mobilenet_v2.safetensors
+        --scores /scores.json --out /tmp/mask_corrector
 
-Photos come from data/mask_classifier/labels.json, those labelled as good. `--masks` holds a folder of a pack's name
-for each pack, with the masks as u2netp made them, not corrected yet. A mask is spoiled: parts go, strips of the
-ground, rims and second cars come in. The network learns the opacity that `cut_car` makes of the mask as it was. The
-printed report compares the overlap (IoU) with that opacity on photos held out of training, of the mask given and of the
-corrected one.
+`--masks` and `--before` hold a folder of a pack's name for each pack: the masks as u2netp made them, and as an earlier
+corrector left them. `--scores` holds the defect scores of the latter by `pack/file name`. Photos are taken that score
+low, or that data/mask_classifier/labels.json calls good; those that it calls bad, and those of `--leave_out`, are not.
+The target is the opacity that `cut_car` makes of the latter. A mask is spoiled: wheels, corners and other parts go,
+strips of the ground, rims and second cars come in, or only a blob is left of it. Backgrounds are darkened or replaced.
+Half way, photos are dropped whose own mask the network contradicts. The encoder starts from ImageNet's MobileNetV2.
+
+The printed report compares the overlap (IoU) with that opacity on photos of the held-out packs, of the mask given and
+of the corrected one.
 """
 
 import time
@@ -16,16 +21,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _record import describe_command, mask_parser
-from mask_classifier import PACKS
 from PIL import Image
 from scipy import ndimage
 from tqdm import tqdm
 
 from carproto.config import CarprotoError
 from carproto.data.align import CUT_SIDE, AlignConfig, cut_car
+from carproto.data.backbone import start_stages
 from carproto.data.masks import mask_name
-from carproto.data.matte import bounding_box
-from carproto.data.segmenter import MaskCorrector, corrector_box
+from carproto.data.matte import bounding_box, main_part
+from carproto.data.segmenter import MaskCorrector, corrector_box, load_mask_corrector
 from carproto.data.store import PictureStore
 from carproto.files import load_json
 from carproto.images import open_picture
@@ -35,8 +40,12 @@ from carproto.toycars.shape import COMMON, FUTURISTIC, sample_factors
 from carproto.weights import save_weights
 
 SIDE = 128  # of the photos, pixels
-N_HELD = 150
+TRAIN, HELD = ("common_cars_train", "concept_cars_train"), ("common_cars_heldout", "concept_cars_heldout")
+SIZE = (160, 128)  # of the network's input
 GOOD = (0, 0.12)  # labels of good cut-outs
+LIMITS = {"common": 0.1, "concept": 0.16}  # of the defect score of photos that are taken
+N_HELD = 200
+RATES = (4e-4, 2e-3)  # largest learning rates of encoder and decoder
 
 
 def blur(values: np.ndarray, sigma: float) -> np.ndarray:
@@ -44,38 +53,45 @@ def blur(values: np.ndarray, sigma: float) -> np.ndarray:
     return ndimage.gaussian_filter(values.astype(np.float32), sigma)
 
 
-def open_photos(data: Path, masks: Path, labels: dict, aspect: float) -> list[np.ndarray]:
-    """Return photo, mask and opacity (128, 128, 5) of the photos labelled as good."""
-    photos, config = [], AlignConfig(aspect=aspect)
-    for pack in PACKS:
-        store = PictureStore(data / f"{pack}.zip")
+def open_photos(packs: tuple, arguments: object, left_out: set[str]) -> dict[str, np.ndarray]:
+    """Return photo, mask, opacity and the mask corrected before (128, 128, 6) of good photos, by `pack/file name`."""
+    photos, config = {}, AlignConfig(aspect=arguments.aspect)
+    labels, scores = load_json(arguments.labels), load_json(arguments.scores)
+    for pack in packs:
+        store = PictureStore(arguments.data / f"{pack}.zip")
         for name in tqdm(store.names, desc=pack):
-            if labels.get(f"{pack}/{Path(name).name}") not in GOOD:
+            key = f"{pack}/{Path(name).name}"
+            label, score = labels.get(key), scores.get(key, 1)
+            is_good = label in GOOD[:1] or (label in (*GOOD, None) and score < LIMITS[pack.split("_")[0]])
+            if not is_good or key in left_out:
                 continue
             content = store.read(name)
-            photo, mask = open_picture(content), open_picture(masks / pack / mask_name(content)).convert("L")
+            masks = [open_picture(root / pack / mask_name(content)) for root in (arguments.masks, arguments.before)]
+            photo, (mask, before) = open_picture(content), [one.convert("L") for one in masks]
             if photo.size != (SIDE, SIDE):
                 continue
             try:
-                car = cut_car(photo, mask, config, CUT_SIDE)
+                car = cut_car(photo, before, config, CUT_SIDE)
             except CarprotoError:
                 continue
-            box = corrector_box(mask)
+            left, top, right, bottom = bounding_box(main_part(np.asarray(before) > 127)[0])
+            rim = 2 + 0.1 * max(right - left, bottom - top)  # of `cut_car`
+            box = max(0, left - rim), max(0, top - rim), min(SIDE, right + rim), min(SIDE, bottom + rim)
             alpha = Image.fromarray((255 * car.alpha).astype(np.uint8))
             scale = alpha.width / (box[2] - box[0]), alpha.height / (box[3] - box[1])
             transform = (scale[0], 0, -box[0] * scale[0], 0, scale[1], -box[1] * scale[1])
             alpha = alpha.transform(photo.size, Image.Transform.AFFINE, transform, Image.Resampling.BILINEAR)
-            photos.append(np.dstack([photo.convert("RGB"), mask.resize(photo.size), alpha]))
+            photos[key] = np.dstack([photo.convert("RGB"), mask.resize(photo.size), alpha, before.resize(photo.size)])
     return photos
 
 
 def render_toys(n: int) -> list[np.ndarray]:
-    """Return toy cars with their true mask (128, 128, 5)."""
+    """Return toy cars with their true mask (128, 128, 6)."""
     toys = []
     for i in range(n):
         view = ("left", "front-left", "front-right")[i % 3]
         rgb, is_car = render_car(sample_factors(77, i, COMMON if i % 2 else FUTURISTIC, view=view), SIDE)
-        toys.append(np.dstack([rgb, is_car.astype(np.uint8) * 255, is_car.astype(np.uint8) * 255]))
+        toys.append(np.dstack([rgb, *[is_car.astype(np.uint8) * 255] * 3]))
     return toys
 
 
@@ -97,6 +113,26 @@ def sample_blob(rng: np.random.Generator, box: tuple) -> np.ndarray:
     )
 
 
+def sample_part(rng: np.random.Generator, box: tuple) -> np.ndarray:
+    """Return a wheel, a corner or an end of a car with a ragged outline, or a blob anywhere, at random on a box."""
+    left, top, right, bottom = box
+    width, height = right - left, bottom - top
+    kind = rng.random()
+    if kind < 0.35:
+        return sample_blob(rng, box)
+    y, x = np.mgrid[:SIDE, :SIDE]
+    side = rng.choice([-1, 1])
+    if kind < 0.75:  # a wheel, or the ground side of the car
+        share = rng.uniform(0, 1) if rng.random() < 0.4 else 0.5 + side * rng.uniform(0.2, 0.5)
+        centre, radii = (left + share * width, bottom - rng.uniform(-0.05, 0.3) * height), (0.05, 0.16, 0.1, 0.36)
+    else:  # a corner or an end
+        centre = left + (0.5 + side * rng.uniform(0.42, 0.55)) * width, top + rng.uniform(0, 0.9) * height
+        radii = (0.05, 0.18, 0.12, 0.45)
+    ragged = 1 + rng.uniform(0, 0.8) * blur(rng.normal(size=(SIDE, SIDE)), 2.5) * 7
+    across, up = rng.uniform(*radii[:2]) * width, rng.uniform(*radii[2:]) * height
+    return ((x - centre[0]) / across) ** 2 + ((y - centre[1]) / up) ** 2 < ragged
+
+
 def sample_side(rng: np.random.Generator, box: tuple, distance: float) -> np.ndarray:
     """Return what lies beyond a line at a distance from the middle of a box, in half its size."""
     y, x = np.mgrid[:SIDE, :SIDE]
@@ -107,24 +143,30 @@ def sample_side(rng: np.random.Generator, box: tuple, distance: float) -> np.nda
 
 
 def spoil(mask: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a mask (128, 128), 0 to 1, as it is (one in five), blurred, or with up to three defects."""
+    """Return a mask (128, 128), 0 to 1, as it is (one in five), blurred, as a blob, or with up to four defects."""
     values, is_car = mask.astype(np.float32) / 255, alpha > 127
     box = bounding_box(is_car)
     width, height = box[2] - box[0], box[3] - box[1]
     kind = rng.random()
-    if kind < 0.28:
+    if kind < 0.26:
         return values if kind < 0.2 else blur(values, rng.uniform(1, 4))
-    for _ in range(rng.integers(1, 4)):
-        kind, strength = rng.integers(6), rng.uniform(0.6, 1)
-        if kind <= 1:  # a part is missing
-            values = values * (1 - strength * blur(sample_blob(rng, box), rng.uniform(0.3, 1.5)))
-        elif kind == 2:  # something is attached
+    if kind < 0.36:  # little is known but where it is
+        y, x = np.mgrid[:SIDE, :SIDE]
+        middle = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+        inside = ((2 * x - 2 * middle[0]) / width) ** 4 + ((2 * y - 2 * middle[1]) / height) ** 4
+        values = blur(inside < rng.uniform(0.5, 1.1), rng.uniform(1, 5)) if rng.random() < 0.6 else blur(values, 6)
+        return (values * rng.uniform(0.7, 1)).clip(0, 1)
+    for _ in range(rng.integers(1, 5)):
+        kind, strength = rng.integers(8), rng.uniform(0.6, 1)
+        if kind <= 3:  # a part is missing
+            values = values * (1 - strength * blur(sample_part(rng, box), rng.uniform(0.3, 1.5)))
+        elif kind == 4:  # something is attached
             near = ndimage.binary_dilation(is_car, iterations=int(rng.integers(2, max(3, width // 7))))
             values = np.maximum(values, strength * blur(sample_blob(rng, box) & near, rng.uniform(0.3, 1.2)))
-        elif kind == 3:  # a rim on one side
+        elif kind == 5:  # a rim on one side
             rim = ndimage.binary_dilation(is_car, iterations=int(rng.integers(1, max(2, width // 18) + 1)))
             values = np.maximum(values, strength * blur(rim & sample_side(rng, box, rng.uniform(-0.6, 0.2)), 0.7))
-        elif kind == 4:  # a shadow
+        elif kind == 6:  # a shadow
             n, start = int(rng.integers(2, max(3, width // 10))), rng.uniform(box[0], box[2] - 0.2 * width)
             y, x = np.mgrid[:SIDE, :SIDE]
             lower = np.zeros_like(is_car)
@@ -139,21 +181,43 @@ def spoil(mask: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> np.n
 
 
 def crop_layers(layers: np.ndarray) -> np.ndarray | None:
-    """Return the corrector's input of layers (128, 128, 5), as (80, 96, 5); None for a mask that is too small."""
+    """Return the corrector's input of layers (128, 128, 5), as (128, 160, 5); None for a mask that is too small."""
     box = corrector_box(Image.fromarray(np.ascontiguousarray(layers[..., 3])))
     if box is None or box[2] - box[0] < 20 or box[3] - box[1] < 14:
         return None
     channels = [Image.fromarray(np.ascontiguousarray(layers[..., channel])) for channel in range(5)]
-    return np.dstack([channel.resize((96, 80), Image.Resampling.BILINEAR, box) for channel in channels])
+    return np.dstack([channel.resize(SIZE, Image.Resampling.BILINEAR, box) for channel in channels])
+
+
+def change_surroundings(layers: np.ndarray, photos: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    """Return the colours of a car (128, 128, 3): its background replaced, or dark as its tyres, or its lower part dark.
+
+    Where the background is replaced, little of it shows through the outline, since the opacity is steep there.
+    """
+    colours, alpha = layers[..., :3].astype(np.float32), layers[..., 4:5] / np.float32(255)
+    left, top, right, bottom = bounding_box(layers[..., 4] > 127)
+    kind, back = rng.random(), colours
+    y = ((np.arange(SIDE) - top) / (bottom - top))[:, None, None]
+    if kind < 0.2:
+        other = photos[rng.integers(len(photos))]
+        back = np.roll(other[..., :3], int(rng.integers(SIDE)) if rng.random() < 0.5 else 0, 1).astype(np.float32)
+    if rng.random() < 0.35:  # the ground gets dark, or flat and of the colour of some part of the lower car
+        tyre = colours[np.nonzero((layers[..., 4] > 250) & (y[..., 0] > 0.7))]
+        colour = tyre[rng.integers(len(tyre))] if len(tyre) else np.zeros(3)
+        share = rng.uniform(0.3, 1) * ((y - rng.uniform(0.2, 0.8)) * rng.uniform(2, 8)).clip(0, 1)
+        back = back * (1 - share) + share * colour * rng.uniform(0.6, 1.2)
+    if rng.random() < 0.2:
+        colours = colours * (1 - rng.uniform(0.2, 0.8) * ((y - rng.uniform(0.3, 0.8)) * rng.uniform(2, 8)).clip(0, 1))
+    return (colours * alpha + back * (1 - alpha)).clip(0, 255).astype(np.uint8)
 
 
 def place_behind(layers: np.ndarray, other: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Paste another car behind a car; return the colours and where the other is visible, 0 to 1."""
     side = int(SIDE * rng.uniform(0.5, 1.1))
     other = other[:, ::-1] if rng.random() < 0.5 else other
-    small = [Image.fromarray(np.ascontiguousarray(other[..., channel])).resize((side, side)) for channel in range(5)]
+    small = [Image.fromarray(np.ascontiguousarray(other[..., channel])).resize((side, side)) for channel in range(6)]
     x, y = int(rng.integers(side // 4, SIDE + side * 3 // 4)), side + int(rng.uniform(-0.35, 0.15) * SIDE)
-    wide = np.zeros((SIDE + 2 * side, SIDE + 2 * side, 5), np.uint8)
+    wide = np.zeros((SIDE + 2 * side, SIDE + 2 * side, 6), np.uint8)
     wide[y : y + side, x : x + side] = np.dstack(small)
     behind = wide[side : side + SIDE, side : side + SIDE]
     visible = behind[..., 4] / 255 * (1 - layers[..., 4] / 255)
@@ -162,26 +226,27 @@ def place_behind(layers: np.ndarray, other: np.ndarray, rng: np.random.Generator
 
 def change_background(toy: np.ndarray, photos: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
     """Place a toy car before a photo, before noise, or leave it, and soften its mask at times."""
-    kind, alpha = rng.random(), toy[..., 4:] / 255
+    kind, alpha = rng.random(), toy[..., 4:5] / 255
     if kind < 0.6:
         noise = Image.fromarray(rng.integers(0, 255, (14, 14, 3), dtype=np.uint8))
         photo = np.roll(photos[rng.integers(len(photos))][..., :3], int(rng.integers(SIDE)), 1)
         back = photo if kind < 0.3 else np.asarray(noise.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
         toy = np.dstack([(toy[..., :3] * alpha + back * (1 - alpha)).astype(np.uint8), toy[..., 3:]])
     if rng.random() < 0.4:
-        toy = np.dstack([toy[..., :3], blur(toy[..., 3], rng.uniform(0, 1.6)).astype(np.uint8), toy[..., 4]])
+        toy = np.dstack([toy[..., :3], blur(toy[..., 3], rng.uniform(0, 1.6)).astype(np.uint8), toy[..., 4:]])
     return toy
 
 
 def sample_input(photos: list[np.ndarray], toys: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
-    """Return the layers of a car with a spoiled mask (80, 96, 5); one in five stands before a second car."""
+    """Return the layers of a car with a spoiled mask (128, 160, 5); one in five stands before a second car."""
     while True:
-        is_toy = rng.random() < 0.06
         layers = photos[rng.integers(len(photos))]
-        if is_toy:
+        if rng.random() < 0.05:
             layers = change_background(toys[rng.integers(len(toys))], photos, rng)
-        colours, mask = layers[..., :3], spoil(layers[..., 3], layers[..., 4], rng)
-        if rng.random() < 0.22:
+        elif rng.random() < 0.5:
+            layers = np.dstack([change_surroundings(layers, photos, rng), layers[..., 3:]])
+        colours, mask = layers[..., :3], spoil(layers[..., rng.choice([3, 3, 5, 4])], layers[..., 4], rng)
+        if rng.random() < 0.2:
             colours, visible = place_behind(layers, photos[rng.integers(len(photos))], rng)
             kind = rng.random()
             near = ndimage.binary_dilation(layers[..., 4] > 127, iterations=int(rng.integers(3, 14)))
@@ -193,52 +258,101 @@ def sample_input(photos: list[np.ndarray], toys: list[np.ndarray], rng: np.rando
 
 
 def to_batch(layers: np.ndarray) -> torch.Tensor:
-    """Return colours and mask (N, 4, 80, 96), -1 to 1."""
-    return torch.from_numpy(np.ascontiguousarray(layers[..., :4])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """Return colours and mask (N, 4, 128, 160), -1 to 1."""
+    x = torch.from_numpy(np.ascontiguousarray(layers[..., :4])).permute(0, 3, 1, 2)
+    return x.float().contiguous(memory_format=torch.channels_last) / 127.5 - 1
 
 
 def correct(net: MaskCorrector, x: torch.Tensor) -> torch.Tensor:
-    """Return the logits of the corrected masks (N, 80, 96)."""
+    """Return the logits of the corrected masks (N, 128, 160)."""
     mask = 0.5 * x[:, 3] + 0.5
     return torch.log((mask + 0.02) / (1.02 - mask)) + net(x)
 
 
 def augment(x: torch.Tensor) -> torch.Tensor:
-    """Change contrast and colour at random."""
+    """Change contrast, brightness and colour at random; make some photos dark, and some grey."""
     n, x = len(x), x.clone()
-    x[:, :3] = (x[:, :3] * (0.8 + 0.4 * torch.rand(n, 1, 1, 1)) + 0.15 * torch.randn(n, 3, 1, 1)).clamp(-1, 1)
+    colours = (x[:, :3] * (0.6 + 0.6 * torch.rand(n, 1, 1, 1)) + 0.15 * torch.randn(n, 3, 1, 1)).clamp(-1, 1)
+    gamma = torch.where(torch.rand(n, 1, 1, 1) < 0.3, 1 + 1.5 * torch.rand(n, 1, 1, 1), torch.ones(n, 1, 1, 1))
+    colours = 2 * ((colours + 1) / 2).clamp_min(1e-4) ** gamma - 1
+    is_grey = torch.rand(n) < 0.1
+    colours[is_grey] = colours[is_grey].mean(1, keepdim=True)
+    x[:, :3] = colours
     return x
 
 
-def fit(photos: list, toys: list, seconds: float, rng: np.random.Generator, batch: int = 24) -> MaskCorrector:
-    """Fit a network for some seconds of CPU time; return its EMA weights."""
-    net, ema, pool, step, start = MaskCorrector(), {}, [], 0, time.process_time()
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3, weight_decay=1e-2)
+@torch.inference_mode()
+def contradict(net: MaskCorrector, photos: list[np.ndarray]) -> np.ndarray:
+    """Return the largest area that the network adds to each photo's own mask or takes away, a share of the car's."""
+    areas = []
+    for layers in tqdm(photos, desc="own masks"):
+        cropped = crop_layers(layers[..., [0, 1, 2, 5, 4]])
+        if cropped is None:
+            areas.append(1.0)
+            continue
+        is_car, found = cropped[..., 4] > 127, (correct(net, to_batch(cropped[None]))[0] > 0).numpy()
+        other = ndimage.binary_opening(is_car != found, np.ones((3, 3)))
+        areas.append(main_part(other)[1][0] / is_car.sum() if other.any() else 0.0)
+    return np.array(areas)
+
+
+def average(net: MaskCorrector, ema: dict, step: int) -> None:
+    """Update the EMA of weights."""
+    for name, value in net.state_dict().items():
+        if name in ema and value.dtype.is_floating_point:
+            ema[name].lerp_(value, 1 - min(0.995, step / (step + 10)))
+        else:
+            ema[name] = value.clone()
+
+
+def drop_contradicted(net: MaskCorrector, photos: list[np.ndarray]) -> list[np.ndarray]:
+    """Drop the photos whose own mask the network contradicts most, one in eight, unless by less than 1 %."""
+    areas = contradict(net, photos)
+    is_kept = areas < max(0.01, np.quantile(areas, 0.88))
+    print(f"{(~is_kept).sum()} photos dropped", np.quantile(areas, [0.5, 0.8, 0.88, 0.95]), flush=True)
+    return [one for one, keep in zip(photos, is_kept) if keep]
+
+
+def fit(net: MaskCorrector, photos: list, toys: list, seconds: float, shares: tuple, rng: np.random.Generator) -> int:
+    """Fit a network for some seconds of CPU time; it ends as the EMA of its weights. Return the number of steps.
+
+    The learning rate falls from the first to the second of two shares of its largest value.
+    """
+    ema, pool, step, start, losses, batch = {}, [], 0, time.process_time(), [], 16
+    decoder = [*net.bottom.parameters(), *net.up.parameters(), *net.out.parameters()]
+    optimizer = torch.optim.AdamW([{"params": net.stages.parameters()}, {"params": decoder}], weight_decay=1e-2)
+    net.train()
     while (share := (time.process_time() - start) / seconds) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, step / 100 + 0.01) * (0.5 + 0.5 * np.cos(np.pi * share) + 0.01)
-        if step < 150 or step % 2 == 0:
-            pool = [*pool, *(sample_input(photos, toys, rng) for _ in range(batch))][-6000:]
+        level = shares[1] + (shares[0] - shares[1]) * (0.5 + 0.5 * np.cos(np.pi * share))
+        for group, rate in zip(optimizer.param_groups, RATES):
+            group["lr"] = rate * level * min(1, step / 100 + 0.01)
+        if len(pool) < 40 * batch or step % 2 == 0:
+            pool = [*pool, *(sample_input(photos, toys, rng) for _ in range(batch))][-4000:]
         layers = np.stack([pool[i] for i in rng.integers(0, len(pool), batch)])
-        target = torch.from_numpy(layers[..., 4].astype(np.float32) / 255)
-        loss = F.binary_cross_entropy_with_logits(correct(net, augment(to_batch(layers))), target)
+        target, x = torch.from_numpy(layers[..., 4].astype(np.float32) / 255), augment(to_batch(layers))
+        with torch.autocast("cpu", torch.bfloat16):
+            change = net(x)
+        mask = 0.5 * x[:, 3] + 0.5
+        logits = torch.log((mask + 0.02) / (1.02 - mask)) + change.float()
+        weight = 1 + ((mask - target).abs() > 0.4)
+        loss = (weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")).mean()
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         step += 1
-        for name, value in net.state_dict().items():
-            if name in ema and value.dtype.is_floating_point:
-                ema[name].lerp_(value, 1 - min(0.98, step / (step + 10)))
-            else:
-                ema[name] = value.clone()
-    print(f"{step} steps, loss {loss.item():.3f}")
+        losses.append(loss.item())
+        average(net, ema, step)
+        if step % 100 == 0:
+            print(f"step {step}, {share:.0%}, loss {np.mean(losses[-100:]):.4f}", flush=True)
     net.load_state_dict(ema)
-    return net.eval()
+    net.eval()
+    return step
 
 
 @torch.inference_mode()
 def measure(net: MaskCorrector, photos: list[np.ndarray], rng: np.random.Generator) -> dict:
-    """Return quantiles of the overlap with the opacity, of masks as they are and of spoiled ones."""
+    """Return quantiles of the overlap with the opacity, of masks as u2netp made them and of spoiled ones."""
     report = {}
     for kind in ("own", "spoiled"):
         masks = [255 * spoil(one[..., 3], one[..., 4], rng) if kind == "spoiled" else one[..., 3] for one in photos]
@@ -246,7 +360,8 @@ def measure(net: MaskCorrector, photos: list[np.ndarray], rng: np.random.Generat
         cropped = [crop_layers(np.dstack([one[..., :3], mask, one[..., 4]]).astype(np.uint8)) for one, mask in pairs]
         layers = np.stack([one for one in cropped if one is not None])
         x, is_car = to_batch(layers), torch.from_numpy(layers[..., 4] > 127)
-        for when, found in (("given", x[:, 3] > 0), ("corrected", correct(net, x) > 0)):
+        results = torch.cat([correct(net, one) > 0 for one in x.split(16)])
+        for when, found in (("given", x[:, 3] > 0), ("corrected", results)):
             overlap = (found & is_car).sum((1, 2)) / (found | is_car).sum((1, 2))
             quantiles = torch.quantile(overlap, torch.tensor([0.05, 0.25, 0.5])).tolist()
             report[f"{kind}_{when}"] = [round(value, 4) for value in quantiles]
@@ -256,17 +371,34 @@ def measure(net: MaskCorrector, photos: list[np.ndarray], rng: np.random.Generat
 def main() -> None:
     """Prepare, train, measure and write."""
     parser = mask_parser(__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=200, help="CPU time of the fit")
+    parser.add_argument("--before", type=Path, required=True, help="masks that an earlier corrector made, like --masks")
+    parser.add_argument("--scores", type=Path, required=True, help="defect scores of these, by `pack/file name`")
+    parser.add_argument("--network", type=Path, required=True, help="safetensors of ImageNet's MobileNetV2")
+    parser.add_argument("--leave_out", type=Path, help="JSON with `keys` of photos that are not trained on")
+    parser.add_argument("--start", type=Path, help="weights of the first half, which is not fitted again")
+    parser.add_argument("--seconds", nargs=2, type=float, default=(630, 450), help="CPU time of both halves of the fit")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
+    torch.set_num_threads(1)
     rng = np.random.default_rng(arguments.seed)
-    photos = open_photos(arguments.data, arguments.masks, load_json(arguments.labels), arguments.aspect)
-    step = len(photos) // N_HELD
-    held, seen = photos[::step][:N_HELD], [one for i, one in enumerate(photos) if i % step or i // step >= N_HELD]
-    net = fit(seen, render_toys(160), arguments.seconds, rng)
-    report = {"n_photos": len(seen), "n_held": len(held), **measure(net, held, rng)}
+    left_out = set(load_json(arguments.leave_out)["keys"]) if arguments.leave_out else set()
+    photos = open_photos(TRAIN, arguments, left_out)
+    held = list(open_photos(HELD, arguments, left_out).values())
+    held = held[:: max(1, len(held) // N_HELD)][:N_HELD]
+    toys, chosen, n_steps = render_toys(160), list(photos.values()), 0
+    if arguments.start:
+        net = load_mask_corrector(str(arguments.start))
+    else:
+        net = MaskCorrector().to(memory_format=torch.channels_last)
+        start_stages(net.stages, arguments.network)
+        n_steps = fit(net, chosen, toys, arguments.seconds[0], (1, 0.55), rng)
+        save_weights(net, arguments.out / "half", {"kind": "mask corrector", "widths": list(net.widths)})
+    kept = drop_contradicted(net, chosen)
+    n_steps += fit(net, kept, toys, arguments.seconds[1], (0.55, 0.005), rng)
+    counts = {"n_photos": len(kept), "n_dropped": len(chosen) - len(kept), "n_held": len(held), "n_steps": n_steps}
+    report = {**counts, **measure(net, held, rng)}
     config = {"kind": "mask corrector", "widths": list(net.widths), "report": report}
-    save_weights(net, arguments.out, config, half=True)
+    save_weights(net, arguments.out, config, precision="fp16")
     print(describe_command(), describe_environment()["commit"], report)
 
 

@@ -10,11 +10,12 @@ __all__ = ['DEFAULT_ALIGN', 'CUT_SIDE', 'AlignConfig', 'describe_frame', 'config
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import get_args
 
 import numpy as np
 from PIL import Image
 
-from ..config import CarprotoError
+from ..config import CarprotoError, MaskEngine
 from .matte import bounding_box, main_part, refine_mask, spread_colours, tighten_mask
 
 # %% ../../nbs/3_data/08_align.ipynb #5d469f9a
@@ -43,12 +44,13 @@ class AlignConfig:
     )
     # masks
     mask_model: str = "u2netp"  # segmentation network, see `load_segmenter`
+    mask_engine: MaskEngine = "onnxruntime"  # library that runs it; another one has masks of its own
     alpha: tuple[float, float] = (0.35, 0.75)  # mask values, 0 to 1, that become transparent and opaque
     classifier: str | None = (
         "mask_classifier"  # its weights, a folder or the name of a release; None applies the limits alone
     )
     # limits for masks, beyond which a photo is rejected
-    max_defect_score: float = 0.135  # of the mask classifier, 0 to 1
+    max_defect_score: float = 0.119  # of the mask classifier, 0 to 1
     min_area: float = 0.03  # of the car, share of the picture
     max_area: float = 0.92  # of the car, share of the picture
     max_blur: float = 0.10  # width of the mask's soft edge, share of the car's size (root of its area)
@@ -65,6 +67,9 @@ class AlignConfig:
     def __post_init__(self):
         for name in ("background", "views", "alpha", "shape"):  # JSON turns tuples into lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.mask_engine not in get_args(MaskEngine):
+            engines = " or ".join(get_args(MaskEngine))
+            raise CarprotoError(f"mask_engine {self.mask_engine!r} is unknown: choose {engines}")
         if self.aspect is not None and not 0.5 <= self.aspect <= 3:
             raise CarprotoError(
                 f"aspect {self.aspect} is not possible: give width by height of the photos, such as 1.4"

@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 
-from ..config import CarprotoError
+from ..config import CarprotoError, MaskEngine
 from ..core import progress as progress_bar
 from carproto.data.align import (
     CUT_SIDE,
@@ -32,23 +32,32 @@ from carproto.data.align import (
 )
 from .mask_classifier import cut_checked, load_mask_classifier
 from .mask_limits import measure_mask
-from .segmenter import load_segmenter
+from .segmenter import Segmenter, load_segmenter
 from .store import PictureStore
-from ..files import atomic_path, cache_folder
+from ..files import atomic_path, cache_folder, load_json, save_json
 from ..images import PICTURE_FORMATS, open_picture
+from ..releases import RELEASES
 from ..toycars.paint import render_car
 from ..toycars.shape import CarFactors
 
 # %% ../../nbs/3_data/16_masks.ipynb #db6987f1
+def _version(name: str | None) -> str:
+    "Return the first digits of a released network's hash; the name itself where it is none."
+    return RELEASES[name]["model.safetensors"][:8] if name in RELEASES else str(name)
+
+
 def mask_folder(
     path: str | Path,  # folder or zip of photos
     model: str = "u2netp",  # network
+    engine: MaskEngine = "onnxruntime",  # that runs it
 ) -> Path:  # where its masks are cached
     "Return the folder of the masks of a data set."
     path = Path(path).expanduser()
     beside = path.with_suffix(".masks") if path.is_file() else path / ".masks"
     is_writable = beside.is_dir() or os.access(path.parent if path.is_file() else path, os.W_OK)
-    return (beside if is_writable else cache_folder() / "masks") / model
+    name = f"{model}-{_version('mask_corrector')}"
+    name = name if engine == AlignConfig.mask_engine else f"{name}-{engine}"
+    return (beside if is_writable else cache_folder() / "masks") / name
 
 
 def mask_name(
@@ -103,13 +112,17 @@ class Aligner:
 
     @property
     def key(self) -> str:
-        "Spell the configuration, for caches and fingerprints."
-        return json.dumps(asdict(self.config), sort_keys=True)
+        "Spell the configuration and the versions of the networks, for caches and fingerprints."
+        config = asdict(self.config)
+        if self.config.mask_engine == AlignConfig.mask_engine:
+            del config["mask_engine"]  # so that data sets keep the keys they had before engines could be chosen
+        config["networks"] = [_version(name) for name in ("mask_corrector", self.config.classifier)]
+        return json.dumps(config, sort_keys=True)
 
     def load_segment(self) -> Callable:
         "Return the network, loaded at its first use."
         if not callable(self.segment):
-            self.segment = load_segmenter(self.config.mask_model, self.segment)
+            self.segment = load_segmenter(self.config.mask_model, self.segment, engine=self.config.mask_engine)
         return self.segment
 
     def find_mask(
@@ -129,10 +142,24 @@ class Aligner:
         if alpha is not None:
             return alpha
         folders = [self.masks] if self.masks else []
-        folders.append(mask_folder(store.path, self.config.mask_model))
+        folders.append(mask_folder(store.path, self.config.mask_model, self.config.mask_engine))
         return next((mask for folder in folders if (mask := _read_mask(folder / mask_name(data)))), None)
 
 # %% ../../nbs/3_data/16_masks.ipynb #683ef9ab
+def _check_precision(folder: Path, precision: str) -> None:
+    "Store the precision of a folder's masks; raise `CarprotoError` where those in it were computed in another one."
+    file, about = folder / "precision.json", {"precision": precision}
+    unnamed = {"precision": "fp32"} if any(folder.glob("*.png")) else about
+    known = load_json(file) if file.is_file() else unnamed
+    if known != about:
+        raise CarprotoError(
+            f"the masks in {folder} were not computed in {precision}, as further ones would be on this processor: "
+            "choose the engine onnxruntime, or remove that folder"
+        )
+    if not file.is_file():
+        save_json(about, file)
+
+
 @patch
 def prepare(
     self: Aligner,
@@ -144,7 +171,8 @@ def prepare(
     "Compute and cache missing masks; skip pictures that cannot be read."
     if self.config.classifier:
         load_mask_classifier(self.config.classifier)  # an error for the whole data set, not a reason for each picture
-    counts, folder = {"found": 0, "computed": 0}, mask_folder(store.path, self.config.mask_model)
+    counts = {"found": 0, "computed": 0}
+    folder = mask_folder(store.path, self.config.mask_model, self.config.mask_engine)
     with progress_bar(len(names), "masks", unit="photo", quiet=quiet) as bar:
         for name in names:
             bar.update()
@@ -156,7 +184,10 @@ def prepare(
                 picture = open_picture(data)
             except CarprotoError:
                 continue  # opening it raises the reason
-            mask = self.load_segment()(picture)
+            segment = self.load_segment()
+            if counts["computed"] == 0 and isinstance(segment, Segmenter):
+                _check_precision(folder, segment.precision)
+            mask = segment(picture)
             with atomic_path(folder / mask_name(data)) as temporary:
                 mask.save(temporary, "PNG")
             counts["computed"] += 1

@@ -50,22 +50,41 @@ def count_steps(
     return ndimage.distance_transform_cdt(~is_car, "taxicab")
 
 # %% ../../nbs/3_data/02_matte.ipynb #0faa8745
-def _trim(mask: np.ndarray, radius: int) -> np.ndarray:
-    "Make parts of a mask (H, W) transparent that are thinner than a square, or that hang on such parts."
+def _attached_parts(mask: np.ndarray, kept: np.ndarray, others: np.ndarray, ground: int) -> np.ndarray:
+    "Find parts of a mask (H, W) above a row that are nearly opaque and touch what is kept, but no other object."
+    is_part = (mask > 0.7) & ~kept
+    is_part[ground:] = False
+    labels, n = ndimage.label(is_part)
+    if not n:
+        return is_part
+    is_attached = np.zeros(n + 1, bool)
+    is_attached[labels[ndimage.binary_dilation(kept)]] = True
+    is_attached[labels[ndimage.binary_dilation(others)]] = False
+    is_attached[0] = False
+    parts = is_attached[labels]
+    return ndimage.binary_dilation(parts) if parts.any() else parts
+
+
+def _trim(smooth: np.ndarray, mask: np.ndarray, radius: int) -> np.ndarray:
+    "Make parts of a smooth mask (H, W) transparent that are thinner than a square, unless they belong to the car."
     side = 2 * radius + 1
-    car = np.pad(fill_holes(main_part(mask > 0.5)[0]), side, mode="edge").view(np.uint8)
+    car = np.pad(fill_holes(main_part(smooth > 0.5)[0]), side, mode="edge").view(np.uint8)
     core = ndimage.minimum_filter(car, side)
     if not core.any():
-        return mask
+        return smooth
     opened = ndimage.maximum_filter(core, side)[side:-side, side:-side] > 0
-    kept = count_steps(main_part(opened)[0]) <= max(1, radius // 2)
-    return np.where(kept, mask, np.minimum(mask, np.float32(0.1)))
+    body, _ = main_part(opened)
+    kept = count_steps(body) <= max(1, radius // 2)
+    _, top, _, bottom = bounding_box(body)
+    parts = _attached_parts(mask, kept, opened & ~body, round(0.4 * top + 0.6 * bottom))
+    trimmed = np.where(kept, smooth, np.minimum(smooth, np.float32(0.1)))
+    return np.where(parts, np.maximum(trimmed, mask), trimmed)
 
 
 def refine_mask(
     mask: np.ndarray,  # (H, W) float32, 0 to 1, the car with a rim around it
 ) -> np.ndarray:  # (H, W) float32, 0 to 1
-    "Smooth the outline of a soft mask, fill holes and remove thin parts."
+    "Smooth the outline of a soft mask, fill holes, and remove thin parts that may not belong to the car."
     car, _ = main_part(mask > 0.5)
     if not car.any():
         return mask
@@ -74,7 +93,7 @@ def refine_mask(
     length = max(right - left, bottom - top)
     rim = math.ceil(0.05 * length)
     smooth = ndimage.gaussian_filter(np.pad(filled, rim, mode="edge"), length / 120)[rim:-rim, rim:-rim]
-    return _trim(smooth, max(1, round(length / 41)))
+    return _trim(smooth, filled, max(1, round(length / 41)))
 
 # %% ../../nbs/3_data/02_matte.ipynb #fd3d63bc
 def _smooth_step(low: float, high: float, values: np.ndarray) -> np.ndarray:

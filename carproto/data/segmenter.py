@@ -8,9 +8,11 @@ __all__ = ['find_network', 'MaskCorrector', 'load_mask_corrector', 'corrector_bo
 # %% ../../nbs/3_data/15_segmenter.ipynb #6972bdcc
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,7 +20,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ..config import CarprotoError
+from ..config import CarprotoError, MaskEngine
+from ..core import pick_precision
+from .backbone import MobileStages
 from .matte import bounding_box, main_part
 from ..files import atomic_path, cache_folder, import_extra
 from ..releases import download
@@ -65,52 +69,52 @@ def find_network(
     return target
 
 # %% ../../nbs/3_data/15_segmenter.ipynb #5ad1f1ee
-_BOX = (96, 80)  # width and height of the corrector's input in pixels
+_BOX = (160, 128)  # width and height of the corrector's input in pixels
 _LIMIT = 9.0  # of its logits
 
 
-def _conv(n_in: int, n_out: int, stride: int = 1) -> list[nn.Module]:
+def _conv(n_in: int, n_out: int) -> nn.Sequential:
     "Return a 3x3 convolution with normalization."
-    return [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
+    return nn.Sequential(nn.Conv2d(n_in, n_out, 3, 1, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU())
 
 
 class MaskCorrector(nn.Module):
-    "Correct masks of cars by a U-Net (arXiv:1505.04597); loaded by `load_mask_corrector`."
+    "Correct masks of cars by a U-Net (arXiv:1505.04597) whose encoder is MobileNetV2; see `load_mask_corrector`."
 
     def __init__(
         self,
-        widths: tuple[int, ...] = (16, 32, 48, 64),  # channels of the levels, each half as large as the one before
+        widths: tuple[int, ...] = (24, 32, 48, 64),  # channels of the decoder's levels, from fine to coarse
     ):
         super().__init__()
         self.widths = tuple(widths)
-        pairs = list(zip((4, *widths), widths))
-        self.down = nn.ModuleList([nn.Sequential(*_conv(*pair, 2), *_conv(pair[1], pair[1])) for pair in pairs])
-        self.bottom = nn.Sequential(*_conv(widths[-1], widths[-1]))
-        self.up = nn.ModuleList([nn.Sequential(*_conv(n_out + n_in, n_in)) for n_in, n_out in pairs[:0:-1]])
-        self.fine = nn.Sequential(nn.Conv2d(widths[0], 32, 1), nn.PixelShuffle(2))
-        self.out = nn.Sequential(*_conv(12, 12), nn.Conv2d(12, 1, 3, 1, 1))
+        self.stages = MobileStages(4)
+        pairs = zip((16 + 16, 24 + 1, 32 + 1), widths[1:], widths)
+        self.bottom = _conv(96 + 1, widths[-1])
+        self.up = nn.ModuleList([_conv(n_skip + coarse, fine) for n_skip, coarse, fine in pairs])
+        self.out = nn.Sequential(_conv(widths[0], widths[0]), nn.Conv2d(widths[0], 4, 1), nn.PixelShuffle(2))
 
     def forward(
         self,
-        x: torch.Tensor,  # (N, 4, 80, 96), colours and mask, -1 to 1
-    ) -> torch.Tensor:  # (N, 80, 96), to add to the mask's logits
+        x: torch.Tensor,  # (N, 4, 128, 160), colours and mask, -1 to 1
+    ) -> torch.Tensor:  # (N, 128, 160), to add to the mask's logits
         "Compare mask and photo."
-        h, skips = x, []
-        for level in self.down:
-            h = level(h)
-            skips.append(h)
-        h = self.bottom(h)
-        for level, skip in zip(self.up, skips[-2::-1]):
+        half, quarter, eighth, _, sixteenth = self.stages(x)
+        masks = [F.avg_pool2d(x[:, 3:], side) for side in (4, 8, 16)]
+        coarse = [torch.cat(pair, 1) for pair in zip((quarter, eighth, sixteenth), masks)]
+        fine = torch.cat([half, F.pixel_unshuffle(x, 2)], 1)
+        h = self.bottom(coarse[2])
+        for level, skip in zip(self.up[::-1], (coarse[1], coarse[0], fine)):
             h = level(torch.cat([F.interpolate(h, size=skip.shape[2:]), skip], 1))
-        return self.out(torch.cat([self.fine(h), x], 1))[:, 0]
+        return self.out(h)[:, 0]
 
-
+# %% ../../nbs/3_data/15_segmenter.ipynb #1c2ceec3
 @cache
 def load_mask_corrector(
     name: str = "mask_corrector",  # a folder, or the name of a release
 ) -> MaskCorrector:  # in evaluation mode, on the CPU
     "Load the mask corrector; raise `CarprotoError` when it is missing or damaged."
-    return load_net(MaskCorrector, name, "mask corrector", {"widths": many(whole(1, 1024), 1, 4)})
+    net = load_net(MaskCorrector, name, "mask corrector", {"widths": many(whole(1, 1024), 4, 4)})
+    return net.to(memory_format=torch.channels_last)
 
 # %% ../../nbs/3_data/15_segmenter.ipynb #b8ecb3f3
 def corrector_box(
@@ -121,17 +125,13 @@ def corrector_box(
     if not is_car.any():
         return None
     left, top, right, bottom = bounding_box(main_part(is_car)[0])
-    rim = 2 + max(right - left, bottom - top) // 10
+    rim = 2 + max(right - left, bottom - top) // 6
     return max(0, left - rim), max(0, top - rim), min(mask.width, right + rim), min(mask.height, bottom + rim)
 
 
 @torch.inference_mode()
-def correct_mask(
-    corrector: MaskCorrector,
-    picture: Image.Image,  # RGB
-    mask: Image.Image,  # 8-bit greyscale, white on the car; of the same shape as the picture
-) -> Image.Image:  # of the mask's size
-    "Correct the mask of a car within its box; a mask without a car stays as it is."
+def _correct_once(corrector: MaskCorrector, picture: Image.Image, mask: Image.Image) -> Image.Image:
+    "Correct the mask of a car within its box."
     box = corrector_box(mask)
     if box is None:
         return mask
@@ -148,6 +148,18 @@ def correct_mask(
     result.paste(Image.fromarray((255 * odds / (1 + odds)).round().astype(np.uint8)), box[:2])
     return result
 
+
+def correct_mask(
+    corrector: MaskCorrector,
+    picture: Image.Image,  # RGB
+    mask: Image.Image,  # 8-bit greyscale, white on the car; of the same shape as the picture
+    passes: int = 2,  # how often it is corrected; the second pass sees what the first one added, such as a roof
+) -> Image.Image:  # of the mask's size
+    "Correct the mask of a car within its box; a mask without a car stays as it is."
+    for _ in range(passes):
+        mask = _correct_once(corrector, picture, mask)
+    return mask
+
 # %% ../../nbs/3_data/15_segmenter.ipynb #03f7c83d
 _LONGEST = 1024  # pixels of a mask's longer side; the network sees fewer
 
@@ -157,17 +169,20 @@ class Segmenter:
 
     def __init__(
         self,
-        session: object,  # of onnxruntime
+        network: Callable,  # from float32 (1, 3, side, side) to the saliency map (1, 1, side, side)
         side: int,  # of the network's input in pixels
         mean: tuple,  # of red, green and blue, 0 to 1
         deviation: tuple,  # of red, green and blue
         corrector: MaskCorrector | None = None,  # corrects the masks; None leaves them as they are
+        *,
+        precision: str = "fp32",  # that the network computes in, bf16 or fp32
     ):
-        self.session = session
+        self.network = network
         self.side = side
         self.mean = mean
         self.deviation = deviation
         self.corrector = corrector
+        self.precision = precision
 
     def __call__(
         self,
@@ -176,14 +191,54 @@ class Segmenter:
         "Return the mask of a picture."
         small = np.asarray(picture.convert("RGB").resize((self.side, self.side), Image.Resampling.LANCZOS))
         values = (small / max(float(small.max()), 1e-6) - self.mean) / self.deviation
-        inputs = {self.session.get_inputs()[0].name: values.transpose(2, 0, 1)[None].astype(np.float32)}
-        result, *_ = self.session.run([self.session.get_outputs()[0].name], inputs)  # the others are its side outputs
+        result = self.network(values.transpose(2, 0, 1)[None].astype(np.float32))
         low, high = float(result[0, 0].min()), float(result[0, 0].max())
         values = (result[0, 0] - low) / max(high - low, 1e-6)
         scale = min(1, _LONGEST / max(picture.size))
         size = [max(1, round(side * scale)) for side in picture.size]
         mask = Image.fromarray((values * 255).clip(0, 255).astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
         return correct_mask(self.corrector, picture, mask) if self.corrector else mask
+
+# %% ../../nbs/3_data/15_segmenter.ipynb #e2ae9a80
+def _open_onnxruntime(runtime: object, file: Path, side: int, threads: int) -> tuple[Callable, str]:
+    "Open a network with ONNX Runtime; return it and its precision."
+    config = runtime.SessionOptions()
+    config.intra_op_num_threads = threads
+    config.inter_op_num_threads = 1
+    config.log_severity_level = 3
+    session = runtime.InferenceSession(str(file), config, providers=runtime.get_available_providers())
+    source, target = session.get_inputs()[0].name, session.get_outputs()[0].name  # the others are its side outputs
+    return lambda x: session.run([target], {source: x})[0], "fp32"
+
+
+def _import_openvino() -> object:
+    "Import OpenVINO without its telemetry, which would send a request at the import."
+    name = "openvino_telemetry"
+    loaded = sys.modules.get(name)
+    sys.modules[name] = None  # OpenVINO then takes a stub of its own
+    try:
+        return import_extra("openvino", "openvino")
+    finally:
+        if loaded is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = loaded
+
+
+def _open_openvino(runtime: object, file: Path, side: int, threads: int) -> tuple[Callable, str]:
+    "Open a network with OpenVINO; return it and its precision."
+    frontend = runtime.frontend.FrontEndManager().load_by_framework("onnx")
+    model = frontend.convert(frontend.load(str(file)))
+    model.reshape([1, 3, side, side])
+    config = {
+        "INFERENCE_PRECISION_HINT": {"bf16": "bf16", "fp32": "f32"}[pick_precision(torch.device("cpu"))],
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,  # two processes would be bound to the same core
+    }
+    network = runtime.Core().compile_model(model, "CPU", config)
+    is_bf16 = network.get_property("INFERENCE_PRECISION_HINT") == runtime.Type.bf16
+    return lambda x: network(x)[0], "bf16" if is_bf16 else "fp32"
 
 # %% ../../nbs/3_data/15_segmenter.ipynb #e5ecf9de
 def load_segmenter(
@@ -192,34 +247,39 @@ def load_segmenter(
     *,
     threads: int | None = None,  # for the network; None takes as many as torch does
     corrector: str | None = "mask_corrector",  # its weights, a folder or the name of a release; None corrects nothing
+    engine: MaskEngine = "onnxruntime",  # library that runs the network; openvino takes bf16 where the processor has it
 ) -> Callable:  # from a picture to its mask
     "Load a segmentation network; raise `CarprotoError` when its file or its library is missing, damaged or unknown."
+    if engine not in get_args(MaskEngine):
+        engines = " or ".join(get_args(MaskEngine))
+        raise CarprotoError(f"engine {engine!r} is unknown: choose {engines}")
     if name not in _NETWORKS:
-        return _rembg_segmenter(name)
-    runtime = import_extra("onnxruntime", "align")
+        return _rembg_segmenter(name, engine)
+    runtime = import_extra("onnxruntime", "align") if engine == "onnxruntime" else _import_openvino()
     if path is not None and not Path(path).is_file():
         raise CarprotoError(f"{path} does not exist: give the file of {name}, or none to download it")
     file = Path(path or find_network(name))
-    config = runtime.SessionOptions()
-    config.intra_op_num_threads = threads or torch.get_num_threads()
-    config.inter_op_num_threads = 1
-    config.log_severity_level = 3
+    open_network = _open_onnxruntime if engine == "onnxruntime" else _open_openvino
+    side, *colours = _NETWORKS[name][1:]
     try:
-        session = runtime.InferenceSession(str(file), config, providers=runtime.get_available_providers())
-    except Exception as error:  # onnxruntime's errors have no common class of their own
+        network, precision = open_network(runtime, file, side, threads or torch.get_num_threads())
+    except Exception as error:  # neither library's errors have a common class
         message = (
             f"{file} does not hold the whole network {name} ({str(error).strip()[:80]}): copy or download it again"
         )
         raise CarprotoError(message) from error
-    return Segmenter(session, *_NETWORKS[name][1:], load_mask_corrector(corrector) if corrector else None)
+    fitted = load_mask_corrector(corrector) if corrector else None
+    return Segmenter(network, side, *colours, fitted, precision=precision)
 
 
-def _rembg_segmenter(name: str) -> Callable:
-    "Load another model of rembg."
+def _rembg_segmenter(name: str, engine: str) -> Callable:
+    "Load another model of rembg, which runs it by ONNX Runtime."
+    names = ", ".join(_NETWORKS)
+    if engine != "onnxruntime":
+        raise CarprotoError(f"{engine} cannot run {name!r}: choose onnxruntime with rembg, or one of {names}")
     try:
         import rembg
     except ImportError:
-        names = ", ".join(_NETWORKS)
         raise CarprotoError(
             f"the network {name!r} needs rembg: pip install 'rembg[cpu]', or choose one of {names}"
         ) from None

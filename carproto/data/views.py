@@ -278,7 +278,7 @@ def save_view_classifier(
     backbone = {"size": classifier.extractor.size, "style": classifier.extractor.style}
     config = {"kind": "view classifier", "views": VIEWS, "backbone": backbone, "report": report or {}}
     state = {"mean": classifier.head.mean, "weights": classifier.head.weights}
-    return save_weights(state, folder, config, half=True, version=2)
+    return save_weights(state, folder, config, precision="fp16", version=2)
 
 
 def load_view_classifier(

@@ -188,7 +188,7 @@ def save_regressor(
     regressor: FactorRegressor,  # trained
     folder: str | Path,  # created if missing
 ) -> Path:  # the folder
-    "Write a regressor as safetensors (half precision) and config.json."
+    "Write a regressor as safetensors (fp16) and config.json."
     config = {
         "kind": "factor regressor",
         "target_names": list(regressor.target_names),
@@ -198,7 +198,7 @@ def save_regressor(
         "std": regressor.std.tolist(),
         "report": regressor.report,
     }
-    return save_weights(regressor.net, folder, config, half=True)
+    return save_weights(regressor.net, folder, config, precision="fp16")
 
 
 def load_regressor(
