@@ -1,18 +1,19 @@
 """Train the classifier that scores a segmented car, on spoiled masks of photos, then on labels given on contact sheets.
 
-    python studies/mask_classifier.py --data /photos --masks /masks --out /tmp/mask_classifier
-    python studies/mask_classifier.py --data /photos --masks /masks --out /tmp/mask_classifier --start mask_classifier
+    python studies/mask_classifier.py --data /photos --masks /masks --before /before --out /tmp/mask_classifier
+    python studies/mask_classifier.py --data /photos --masks /masks --before /before --out /tmp/mask_classifier
+        --start mask_classifier
 
 It reads data/mask_classifier/labels.json: 1 for a defect, 0.5 for an unsure one, 0 for a good cut-out, 0.12 for a good
 one of an earlier method. It needs the corrected masks of the packs' photos, as `load_segmenter` makes them: `--masks`
-holds a folder of a pack's name for each pack, as studies/alignment.py takes them. Photos and masks are not part of the
-repository.
+holds a folder of a pack's name for each pack, as studies/alignment.py takes them, and `--before` the masks of an
+earlier corrector. Photos and masks are not part of the repository.
 
-First the network separates photos from copies of them whose mask lacks a part, or has one too many; `--start` skips
-this step and takes weights that were fitted before. Then it is fitted to the labels, mixed with these pairs, with
-photos into which a second car was pasted, and with toy cars. It measures the area under the ROC curve on every fourth
-label of current cut-outs, held out of a fit that serves only to measure it, and the share of defects among the best 65
-and 75 %. The weights written are fitted to all labels.
+The network starts from the encoder of the mask corrector. First it separates photos from copies of them whose mask
+lacks a part, or has one too many, photos from those into which a second car was pasted, toy cars from spoiled ones, and
+the cut-outs of today from those of the earlier corrector, where the two differ; `--start` skips this step and takes
+weights that were fitted before. Then it is fitted to the labels, mixed with these pairs. The area under the ROC curve
+is measured on every fourth label of current cut-outs, before these are fitted too for one more epoch.
 """
 
 import time
@@ -40,6 +41,7 @@ from carproto.data.mask_limits import check_limits
 from carproto.data.masks import mask_name
 from carproto.data.matte import bounding_box, main_part
 from carproto.data.metadata import read_metadata
+from carproto.data.segmenter import load_mask_corrector
 from carproto.data.store import PictureStore
 from carproto.files import load_json
 from carproto.images import open_picture
@@ -51,6 +53,7 @@ from carproto.weights import find_weights, save_weights
 PACKS = ("common_cars_train", "concept_cars_train", "common_cars_heldout", "concept_cars_heldout")
 TARGETS = {"clean": 0.05, "spoiled": 0.97}  # of the first step: some photos' own masks have a defect
 N_TRIES = 8
+DROPOUT = 0.3
 
 
 def describe_photos(data: Path, masks: Path, aspect: float, wanted: set[str] | None, n: int) -> dict[str, np.ndarray]:
@@ -76,6 +79,33 @@ def describe_photos(data: Path, masks: Path, aspect: float, wanted: set[str] | N
             mirrored = view in ("right", "front-right")
             layers[f"{pack}/{Path(name).name}"] = frame_layers(cut_car(photo, mask, config, CUT_SIDE), mirrored)
     return layers
+
+
+def describe_changed(data: Path, masks: Path, before: Path, aspect: float, n: int, left_out: set) -> tuple:
+    """Return the inputs of n pairs: cut-outs of today, and by an earlier mask that lacks a part or has one too many."""
+    config, pairs = AlignConfig(aspect=aspect), []
+    for pack, share in ((PACKS[1], 0.15), (PACKS[0], 1)):
+        store, rows = PictureStore(data / f"{pack}.zip"), read_metadata(PictureStore(data / f"{pack}.zip"))
+        for i in tqdm(np.random.default_rng(2).permutation(len(store.names)), desc=f"{pack}, changed"):
+            if len(pairs) >= share * n:
+                break
+            content, name = store.read(store.names[i]), store.names[i]
+            view = rows[name].get("view") or rows[name].get("view_guess")
+            files = [root / pack / mask_name(content) for root in (masks, before)]
+            now, then = (open_picture(file).convert("L") for file in files)
+            if view not in config.views or f"{pack}/{Path(name).name}" in left_out:
+                continue
+            is_car = np.asarray(now) > 127
+            other = ndimage.binary_opening(is_car ^ (np.asarray(then) > 127), np.ones((3, 3)))
+            if not other.any() or not 0.02 < main_part(other)[1][0] / is_car.sum() < 0.3:
+                continue
+            photo, mirrored = open_picture(content), view in ("right", "front-right")
+            stretch = aspect * photo.height / photo.width
+            if any(check_limits(mask, config, stretch=stretch) for mask in (now, then)):
+                continue
+            cars = [cut_car(photo, mask, config, CUT_SIDE) for mask in (now, then)]
+            pairs.append([hide_surroundings(frame_layers(car, mirrored)) for car in cars])
+    return np.stack([one for one, _ in pairs]), np.stack([other for _, other in pairs])
 
 
 def sample_blob(rng: np.random.Generator, shape: tuple[int, int], box: tuple) -> np.ndarray:
@@ -228,19 +258,24 @@ def augment(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.roll(x, shift, (2, 3))
 
 
-def optimize(net: MaskClassifier, batches: list, lr: float, weight_decay: float, seed: int) -> None:
+def optimize(net: MaskClassifier, batches: list, lr: float, seed: int) -> None:
     """Fit a network to batches of inputs, targets and weights, each made when it is needed."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches), pct_start=0.2)
+    rates = {net.stages: lr, net.head: 5 * lr}
+    groups = [{"params": list(part.parameters()), "lr": rate} for part, rate in rates.items()]
+    optimizer = torch.optim.AdamW(groups, weight_decay=2e-2)
+    highest = list(rates.values())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, highest, total_steps=len(batches), pct_start=0.2)
     net.train()
-    for make in tqdm(batches, desc="fit"):
+    for make in tqdm(batches, desc="fit", mininterval=10):
         x, targets, weights = make()
-        losses = F.binary_cross_entropy_with_logits(
-            net(augment(classifier_tensor(x), generator)), targets, reduction="none"
-        )
+        x = augment(classifier_tensor(x), generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(x)
+        losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
         optimizer.zero_grad()
         (losses * weights).mean().backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         schedule.step()
     net.eval()
@@ -252,35 +287,45 @@ def shuffle_batches(rng: np.random.Generator, n: int, batch: int, epochs: int) -
     return [order[start : start + batch] for order in orders for start in range(0, n - batch + 1, batch)]
 
 
-def pretrain(clean: np.ndarray, spoiled: np.ndarray, epochs: int, seed: int, batch: int = 48) -> MaskClassifier:
-    """Separate photos from their spoiled copies."""
+def start_network() -> MaskClassifier:
+    """Return a classifier with the encoder of the mask corrector, which sees mask and opacity by halves."""
+    net, source = MaskClassifier(DROPOUT), load_mask_corrector().stages.state_dict()
+    name = "layers.0.0.1.weight"  # of the first convolution, behind its padding
+    stem = source[name]
+    source[name] = torch.cat([stem[:, :3], stem[:, 3:] / 2, stem[:, 3:] / 2], 1)
+    net.stages.load_state_dict({name: source[name] for name in net.stages.state_dict()})
+    return net.to(memory_format=torch.channels_last)
+
+
+def pretrain(clean: np.ndarray, spoiled: np.ndarray, epochs: int, seed: int, batch: int = 20) -> MaskClassifier:
+    """Separate cut-outs from their spoiled copies."""
     torch.manual_seed(seed)
-    rng, net = np.random.default_rng(seed), MaskClassifier()
+    rng, net = np.random.default_rng(seed), start_network()
     targets = torch.tensor([TARGETS["clean"]] * batch + [TARGETS["spoiled"]] * batch)
 
     def make(chosen: np.ndarray) -> tuple:
         return np.concatenate([clean[chosen], spoiled[chosen]]), targets, torch.ones(2 * batch)
 
     batches = shuffle_batches(rng, len(clean), batch, epochs)
-    optimize(net, [partial(make, chosen) for chosen in batches], 3e-3, 1e-2, seed)
+    optimize(net, [partial(make, chosen) for chosen in batches], 4e-4, seed)
     return net
 
 
 def fit_labels(
-    net: MaskClassifier, x: np.ndarray, y: np.ndarray, pairs: tuple, epochs: int, seed: int
+    net: MaskClassifier, x: np.ndarray, y: np.ndarray, pairs: tuple, epochs: int, lr: float, seed: int
 ) -> MaskClassifier:
     """Fit a pretrained network to labels; a fifth of each batch are clean inputs, and a fifth spoiled ones.
 
-    Labels of defects and unsure ones come twice in an epoch, since they are few.
+    Labels of defects come three times in an epoch, since they are few.
     """
-    few = y >= 0.5
-    x, y = np.concatenate([x, x[few]]), np.concatenate([y, y[few]])
-    rng, fitted = np.random.default_rng(seed), MaskClassifier()
+    few = np.concatenate([y == 1, y == 1])
+    x, y = np.concatenate([x, np.concatenate([x, x])[few]]), np.concatenate([y, np.concatenate([y, y])[few]])
+    rng, fitted = np.random.default_rng(seed), MaskClassifier(DROPOUT).to(memory_format=torch.channels_last)
     fitted.load_state_dict(net.state_dict())
     clean, spoiled = pairs
     n, n_mixed = 24, 8
     targets = torch.tensor(y, dtype=torch.float32).clamp(0.03, 0.97)
-    mixed = torch.tensor([0.07] * n_mixed + [TARGETS["spoiled"]] * n_mixed)
+    mixed = torch.tensor([0.04] * n_mixed + [TARGETS["spoiled"]] * n_mixed)
     certain = torch.tensor([0.5 if value == 0.12 else 1.0 for value in y])  # less for labels of earlier cut-outs
 
     def make(chosen: np.ndarray) -> tuple:
@@ -290,7 +335,7 @@ def fit_labels(
         return inputs, torch.cat([targets[chosen], mixed]), weights
 
     batches = shuffle_batches(rng, len(x), n, epochs)
-    optimize(fitted, [partial(make, chosen) for chosen in batches], 1.5e-3, 2e-2, seed)
+    optimize(fitted, [partial(make, chosen) for chosen in batches], lr, seed)
     return fitted
 
 
@@ -322,51 +367,52 @@ def measure_groups(scores: np.ndarray, y: np.ndarray, names: list[str]) -> dict[
 def main() -> None:
     """Prepare, train, measure and write."""
     parser = mask_parser(__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path, required=True, help="masks that an earlier corrector made, like --masks")
     parser.add_argument("--start", help="weights to start from, a folder or a release; none: spoiled masks come first")
-    parser.add_argument(
-        "--keep_report",
-        action="store_true",
-        help="with --start: keep its accuracy, since weights that saw the labels held out cannot be measured on them",
-    )
-    parser.add_argument("--n_photos", type=int, default=9000, help="photos of each pack that are spoiled")
-    parser.add_argument("--n_pasted", type=int, default=2000, help="photos into which a second car is pasted")
-    parser.add_argument("--n_toys", type=int, default=480, help="toy cars")
-    parser.add_argument("--epochs", nargs=2, type=int, default=(4, 8), help="of both steps")
+    parser.add_argument("--n_photos", type=int, default=2000, help="photos that are spoiled")
+    parser.add_argument("--n_pasted", type=int, default=600, help="photos into which a second car is pasted")
+    parser.add_argument("--n_changed", type=int, default=1200, help="photos that an earlier corrector cut otherwise")
+    parser.add_argument("--n_toys", type=int, default=300, help="toy cars")
+    parser.add_argument("--n_earlier", type=int, default=1200, help="labels of earlier cut-outs that are taken")
+    parser.add_argument("--epochs", nargs=2, type=int, default=(1, 2), help="of both steps")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     seed, (epochs, epochs_labels) = arguments.seed, arguments.epochs
     start, rng = time.monotonic(), np.random.default_rng(seed)
     labels = load_json(arguments.labels)
+    earlier = sorted(name for name, label in labels.items() if label == 0.12)
+    for i in rng.permutation(len(earlier))[arguments.n_earlier :]:
+        del labels[earlier[i]]
     labelled = describe_photos(arguments.data, arguments.masks, arguments.aspect, set(labels), len(labels))
-    if arguments.start:
-        good = [layers for name, layers in labelled.items() if labels[name] == 0]
-        photos = [good[i] for i in rng.permutation(len(good))[: arguments.n_photos]]
-    else:
-        described = describe_photos(arguments.data, arguments.masks, arguments.aspect, None, arguments.n_photos)
-        photos = list(described.values())
-    x, y = (
-        np.stack([hide_surroundings(one) for one in labelled.values()]),
-        np.array([labels[name] for name in labelled], float),
-    )
-    clean, spoiled = make_pairs(photos, rng)
-    toys = make_pairs(render_toys(arguments.n_toys, rng), rng)
-    pasted = paste_pairs(photos, arguments.n_pasted, rng)
-    pairs = tuple(np.concatenate(several) for several in zip((clean, spoiled), toys, pasted))
-    net = load_mask_classifier(arguments.start) if arguments.start else pretrain(clean, spoiled, epochs, seed)
+    good = [layers for name, layers in labelled.items() if labels[name] in (0, 0.12)]
+    photos = [good[i] for i in rng.permutation(len(good))[: arguments.n_photos]]
+    x = np.stack([hide_surroundings(one) for one in labelled.values()])
+    y = np.array([labels[name] for name in labelled], float)
+    sources = {
+        "spoiled": make_pairs(photos, rng),
+        "toys": make_pairs(render_toys(arguments.n_toys, rng), rng),
+        "pasted": paste_pairs(photos, arguments.n_pasted, rng),
+        "changed": describe_changed(
+            arguments.data, arguments.masks, arguments.before, arguments.aspect, arguments.n_changed, set(labels)
+        ),
+    }
+    pairs = tuple(np.concatenate(several) for several in zip(*sources.values()))
+    net = load_mask_classifier(arguments.start) if arguments.start else pretrain(*pairs, epochs, seed)
     is_held = np.zeros(len(x), bool)
     is_held[np.flatnonzero(y != 0.12)[::4]] = True  # 0.12 is a label of an earlier cut-out
-    part = None if arguments.keep_report else fit_labels(net, x[~is_held], y[~is_held], pairs, epochs_labels, seed)
-    sizes = {"n_spoiled": len(clean), "n_pasted": len(pasted[0]), "n_toys": len(toys[0])}
+    part = net if arguments.start else fit_labels(net, x[~is_held], y[~is_held], pairs, epochs_labels, 2e-4, seed)
     counts = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum())}
-    report = {**counts, **sizes}
+    report = {**counts, **{f"n_{kind}": len(one) for kind, (one, _) in sources.items()}}
     held = [name for name, is_one in zip(labelled, is_held) if is_one]
-    if part is None:
-        before = load_json(find_weights(arguments.start) / "config.json")["report"]
-        report["held_out"] = before["held_out"]  # of the fit before, to fewer labels
+    if arguments.start:  # it saw the labels held out, so its accuracy stays that of the fit before
+        report["held_out"] = load_json(find_weights(arguments.start) / "config.json")["report"]["held_out"]
     else:
         report["held_out"] = measure_groups(score_all(part, x[is_held]), y[is_held], held)
-    final = fit_labels(net, x, y, pairs, epochs_labels, seed)
-    config = {"kind": "mask classifier", "widths": list(final.widths), "report": report}
-    save_weights(final, arguments.out, config, half=True)
+        print(report, flush=True)
+    toys = sources["toys"][0]  # good ones outweigh spoiled ones, some of which nobody could tell from them
+    final = fit_labels(part, np.concatenate([x, toys]), np.append(y, np.zeros(len(toys))), pairs, 1, 1.5e-4, seed + 1)
+    config = {"kind": "mask classifier", "report": report}
+    save_weights(final, arguments.out, config, precision="fp16")
     print(describe_command(), describe_environment()["commit"], report, f"{time.monotonic() - start:.0f} s")
 
 

@@ -117,7 +117,7 @@ shown = panel.name
 panel.buttons["rear"].click()
 assert read_labels(folder) == {shown: "rear"} and panel.name != shown
 panel.key.value = "74"
-assert sorted(read_labels(folder).values()) == ["left", "rear", "rear-left"] and panel.key.value == ""
+assert sorted(read_labels(folder).values()) == ["left", "rear", "rear-left"] and panel.key.value == "74"
 panel.undo.click()
 panel.key.value = "0"
 assert read_labels(folder) == {shown: "rear"} and "role" not in panel.message.value, panel.message.value

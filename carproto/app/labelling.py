@@ -9,6 +9,7 @@ __all__ = ['KEYS', 'LabelPanel']
 import io
 from collections.abc import Callable
 from html import escape
+from os.path import commonprefix
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -95,7 +96,6 @@ class LabelPanel(_LabelControls):
         self.labels = read_labels(path)
         self.done = []
         self.probabilities = None
-        self.typed = ""
         names = self.store.names
         self.names = [names[i] for k in range(29) for i in range(k, len(names), 29)]
         self.features = None
@@ -116,7 +116,7 @@ class LabelPanel(_LabelControls):
         for view, button in self.buttons.items():
             button.on_click(lambda button, view=view: self._guarded(self.label, view))
         self.undo.on_click(lambda button: self._guarded(self.undo_label))
-        self.key.observe(lambda change: self._guarded(self._type, change["new"]), "value")
+        self.key.observe(lambda change: self._type(change["old"], change["new"]), "value")
 
     def _square(self, name: str) -> Image.Image | None:
         "Open a photo as a square of 128 pixels; None when it cannot be opened."
@@ -163,20 +163,13 @@ def undo_label(self: LabelPanel) -> None:
 
 # %% ../../nbs/8_app/40_labelling.ipynb #d5bfbaf1
 @patch
-def _type(self: LabelPanel, text: str) -> None:
-    "Handle each new character in the field, then empty it; characters that were handled before are skipped."
-    if not text:
-        return
-    keys = text.removeprefix(self.typed) or text
-    self.typed = text
-    try:
-        for key in keys:
-            if key == "0":
-                self.undo_label()
-            elif key in KEYS:
-                self.label(KEYS[key])
-    finally:
-        self.key.value = ""
+def _type(self: LabelPanel, before: str, text: str) -> None:
+    "Handle each character that was added to the field, in order."
+    for key in text[len(commonprefix([before, text])) :]:
+        if key == "0":
+            self._guarded(self.undo_label)
+        elif key in KEYS:
+            self._guarded(self.label, KEYS[key])
 
 # %% ../../nbs/8_app/40_labelling.ipynb #da37cca0
 @patch

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import nn
 
 from .align import CUT_SIDE, DEFAULT_ALIGN, AlignConfig, CutCar, cut_car, place_car
+from .backbone import MobileStages
 from .mask_limits import check_limits
 from .matte import bounding_box
-from ..weights import load_net, many, whole
+from ..weights import load_net
 
 # %% ../../nbs/3_data/14_mask_classifier.ipynb #9a921a10
 _ROWS = slice(14, 90)  # of the frame, that a car can cover
@@ -58,28 +59,25 @@ def classifier_inputs(
 
 # %% ../../nbs/3_data/14_mask_classifier.ipynb #1c77fa20
 class MaskClassifier(nn.Module):
-    "Score segmented cars by a small convolutional network; loaded by `load_mask_classifier`."
+    "Score segmented cars by MobileNetV2's first stages (arXiv:1801.04381); loaded by `load_mask_classifier`."
 
     def __init__(
         self,
-        widths: tuple[int, ...] = (16, 32, 48, 64),  # channels of the levels
+        dropout: float = 0.0,  # share of the features left out in training, 0 to 1
     ):
         super().__init__()
-        layers = []
-        for level, (n_in, n_out) in enumerate(zip((5, *widths), widths)):
-            for n, stride in ((n_in, 2), (n_out, 1))[: 2 if level else 1]:
-                layers += [nn.Conv2d(n, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out), nn.ReLU()]
-        self.widths = tuple(widths)
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Linear(2 * widths[-1], 1)
+        self.stages = MobileStages(5, 4)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(2 * (32 + 64), 1)
 
     def forward(
         self,
         x: torch.Tensor,  # (N, 5, 76, 96), -1 to 1
     ) -> torch.Tensor:  # (N), logits of a defect
         "Score a batch."
-        features = self.body(x)
-        return self.head(torch.cat([features.mean((2, 3)), features.amax((2, 3))], 1))[:, 0]
+        _, _, eighth, sixteenth = self.stages(x.contiguous(memory_format=torch.channels_last))
+        pooled = [pool for h in (eighth, sixteenth) for pool in (h.mean((2, 3)), h.amax((2, 3)))]
+        return self.head(self.dropout(torch.cat(pooled, 1)))[:, 0]
 
 
 def classifier_tensor(
@@ -94,7 +92,7 @@ def load_mask_classifier(
     name: str = "mask_classifier",  # a folder, or the name of a release
 ) -> MaskClassifier:  # in evaluation mode, on the CPU
     "Load the mask classifier; raise `CarprotoError` when it is missing or damaged."
-    return load_net(MaskClassifier, name, "mask classifier", {"widths": many(whole(1, 1024), 1, 5)})
+    return load_net(MaskClassifier, name, "mask classifier", {}).to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
