@@ -74,56 +74,64 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "07103cf781b8bcb15ea5099783703df7f6bb437b3bdfdabe6f4df8c210bb1af2",
     },
     "mask_classifier": {
-        "config.json": "177f857b726411805dcac44b36f2d0a4f3c66cc0788651e23046464375e8c04b",
-        "model.safetensors": "7f9303a05a9affa4683337c1b394a543b3b3e07c7decf7b77840419f9774ed1a",
+        "config.json": "abc51023d18cf8df7ef6f3162629a83fc2a77f4f490a1493d2cd19838283df39",
+        "model.safetensors": "d62e168c07380a3036f19dfe8e9e6cfe47894f4d2c8e84751fc6e7519d1d6126",
     },
     "mask_corrector": {
-        "config.json": "1460785dcad332a417cd1554696559052a236470305882c96bf141356b7f3fc1",
-        "model.safetensors": "4fb210c8bdb83ee2c6673dc6936bebf5fb54c0eeff16a48cc48ba3e584802189",
+        "config.json": "83d830194247fbda7ed2839ffd0436b1ad89dcc6acd88a4228ccfd9610153d5d",
+        "model.safetensors": "bd329cc78802dac4acde345c4c0e353ce5ee1c855205750672a538b70b3a7a01",
     },
     "photo128/common": {
-        "config.json": "08767830448fb76ec2f3becb88238048c449fc8911f0856b96720103587e0cee",
-        "model.safetensors": "66d6d754da3cd53d969f6768963ff6695ce982cc4840576b4323e6d8559d2686",
+        "config.json": "1d56a5bd04800bb9a5f3cb87114a153f2c53434ec96e65c3d2da49ab2b3e2cef",
+        "model.safetensors": "4ae974c53cc058cb94ae2b7749b62e15a995ba51a27028768c385abad6eef65b",
     },
     "photo128/common/discriminator": {
         "config.json": "37b0238b50d9c4b82a6de20c7708b1d2473c61125437f7e7440f920b73bf08df",
-        "model.safetensors": "927214eb16eafbaa6d06ea2b559b7630db39b9295f951b2eace12a517b717abf",
+        "model.safetensors": "c3cda4fcddee57a45a24ab27c9455be7a99014ae6e3b55aa2fe4efa02090a6ee",
     },
     "photo128/editor": {
-        "config.json": "7d292639528582033c74893dfb881602042c764b5bfd95d263b3c8acc8427ebb",
-        "model.safetensors": "9597c74fe06269603cfe3cf724363a8e84eb64cf232de186f9fadee1ff7da055",
+        "config.json": "df8317ea64a2b4422c12d3a453dc4368538a50e1c3649414129e752ce2bf76a6",
+        "model.safetensors": "6e49f5e10fcc412dd371c484c1961851b295fd1f29974d350a3e594f6b105f64",
     },
     "photo128/encoder": {
-        "config.json": "68288ec36c643b437ff462f144d43ab48dc6aa23e6c1f4205a0feb8ebdda079a",
-        "model.safetensors": "e81469c0ed482f2e9e7f8bd258d83404ea37028fbc46092141a31699984b5eff",
+        "config.json": "5192546aad37fe4e483c5b51f315a492ff4d79918784fd97a7219f4166d43049",
+        "model.safetensors": "ea2a75583b63cb7fe06f03255918677f4f94d3a4dcad3f08fbe39344df480f1f",
     },
     "photo128/futuristic": {
-        "config.json": "b58cdcd641f4727fb19d32b1e3b2ba9f216c46a22ac7d1bcd0390a3a393c9f60",
-        "model.safetensors": "984900dc009f1d588fe3909d3be7cdaa94e98265b2873dea3b8150780dcf6d05",
+        "config.json": "c2eadefd20654b6db9e70af91abd0ec4559437bf42cc903731088d144f91b4de",
+        "model.safetensors": "5a11b91ea523eeb3df88b0f7eb25040a6994096790966f8c2cae039765db7824",
     },
     "photo128/probe": {
-        "config.json": "8b37d14b90a6c047f030e5c82312e366e8d141501c87470c3bb6f63536f40ed0",
-        "model.safetensors": "3683ea35d07916a38051a5828245fc897941cf00e6a481316a65f8961e76ab41",
+        "config.json": "66521e8761183d2515fad3cad6c873d49994081cfb913d6a9bc248e835fb2d9f",
+        "model.safetensors": "40a933d7556140fadbf4198a9eaac8ea234c226e1106b5d2cfda5664a08d12bd",
+    },
+    "photo128/whole_cars/common": {
+        "config.json": "3f27492eda3a9fb38a7eb47685703883703f54701d97b51b839097096ac91f78",
+        "model.safetensors": "0f933010c0150ee7912b598a25e8965d3d05b97072f2cf93d5392a7cae932ebc",
+    },
+    "photo128/whole_cars/futuristic": {
+        "config.json": "955e4206c811b165a75c797905dd30874e03d2f30f76417bb2c0d773850e6a0e",
+        "model.safetensors": "c2994b7aa3015c37fab10f7f4911d47c6b9d5292ee1d1f9ed9f3e097a4faf6ac",
     },
     "photo64/common": {
         "config.json": "6b3fd80e748f0d98d83cb795ce8d146f74cbae622126a1d4bf54769a8c14a9f0",
-        "model.safetensors": "56eb3f72f9fb4b0c39465c87acf29008beb3afa9e27ba0c5069d2c4396b96a22",
+        "model.safetensors": "669249a7151967cb7620496389d1126de65b604c3c9631dfe1b5b2d981397f98",
     },
     "photo64/common/discriminator": {
         "config.json": "254360a5dd642a20c48f7d459a40220c219996514bb16df4ff1a51fea741047f",
-        "model.safetensors": "817f4d0afd41f1d984aae7c2fe018fe919ab004676df11f344e0bbac497a3bd2",
+        "model.safetensors": "20778517bb234170e9fcc557696baee41db1871896bb90c635c651e793c0d3eb",
     },
     "photo64/editor": {
-        "config.json": "eb9399c7aeb42f3b5ce8865eccdcbe2f7883b82d51816dc73a983aef950a73b1",
-        "model.safetensors": "6c3bbfcc477100b75074e31770f35414203476c29c3736f3b54cabb874452461",
+        "config.json": "c5a1fa1f373885413ba6f044779ad0ae74f6cab71bfc4b8f5fd4ac0c478f4add",
+        "model.safetensors": "41aa5f77b0ed679f367f0be5d0c830fce3f053fab33b31f5a85f1534ad629ecd",
     },
     "photo64/encoder": {
-        "config.json": "abe36dab4265abde213800c69f58b4620eb314f0ff1098e12b55242d16000cdb",
-        "model.safetensors": "15083e6a897803d52406c9f84273495a1db31d7fa1335033911ece18aee39f79",
+        "config.json": "f3da2204254f2cbaeeea7a75caf05bddf0caa6b03d88d351d2fd2c437d6e94e6",
+        "model.safetensors": "90ed17f35b286b2ec23defcab1625b5f27d86286c766852e63903ca762fa4dd1",
     },
     "photo64/futuristic": {
         "config.json": "8a9cce06187b038e36395ce94faacf549dbcb18b8fe82e790849c16056d4022e",
-        "model.safetensors": "0f4d2858a80bbe0805e5c068734e1ab3f58a0bf4fcd71cd6c88c983a4c174ff7",
+        "model.safetensors": "b438e8418058f7cc23e5b1f38fd4cc5588b2ca91ca480b42057d0c10c0b6b934",
     },
     "photo64/probe": {
         "config.json": "a163c33d323511ba96e2ba3b368813313bc2f318a8ed4740e846ac0f7e6c7938",

@@ -26,7 +26,7 @@ def write_milestone(run: Path, folder: Path) -> Path:
     rows = [row for row in (run / "stats.jsonl").read_text(encoding="utf-8").split("\n") if '"kid"' in row]
     about = {"kind": "milestone", "step": state["step"], "config": state["config"], "features": state.get("features")}
     tensors = {f"{part}.{name}": value for part in PARTS for name, value in state.get(part, {}).items()}
-    save_weights(tensors, folder, about, half=True)
+    save_weights(tensors, folder, about, precision="fp16")
     if rows:
         (folder / "last_report.json").write_text(rows[-1] + "\n", encoding="utf-8")
     if (run / "data.json").exists():

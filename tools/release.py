@@ -1,4 +1,4 @@
-"""Make a release of two runs and their encoder: half-precision weights in data/NAME, and the runs' records.
+"""Make a release of two runs and their encoder: int8 or fp16 weights in data/NAME, and the runs' records.
 
     python tools/release.py toy64 --common runs/common --futuristic runs/futuristic --encoder runs/encoder
     python tools/release.py toy64 --editor  # fits the body editor of the release anew, and leaves the rest
@@ -25,34 +25,34 @@ from carproto.latent.edit import save_editor
 from carproto.latent.encoder import load_encoder, save_encoder
 from carproto.latent.train_encoder import evaluate_encoder
 from carproto.releases import hash_file
-from carproto.weights import IN_REPOSITORY
+from carproto.weights import IN_REPOSITORY, WEIGHT_PRECISIONS
 
 RECORD = ("config.json", "data.json", "env.json", "sessions.jsonl", "stats.jsonl", "evaluation.json")
 PATH_FIELDS = ("parent", "data", "heldout", "train", "extractor")  # fields that may hold a path
-LIMIT_MB = 24
+LIMIT_MB = 24  # of all photo pairs of a folder together; what git clones stays small
 
 
-def release_generator(run: Path, folder: Path) -> None:
+def release_generator(run: Path, folder: Path, precision: str) -> None:
     """Store the generator that a run is remembered for."""
     source = find_generator(run)
     text, data = load_json(source / "config.json"), load_json(run / "data.json")
     about = {name: text[name] for name in ("steps", "kid") if name in text}
     if data.get("frame") is not None:
         about["frame"] = data["frame"]
-    save_generator(load_generator(source, "cpu"), folder, half=True, about=about)
+    save_generator(load_generator(source, "cpu"), folder, precision=precision, about=about)
 
 
-def release_encoder(run: Path, folder: Path, generators: list) -> None:
+def release_encoder(run: Path, folder: Path, generators: list, precision: str) -> None:
     """Store the encoder, bound to the stored common generator, with its evaluation on the stored generators."""
     text = load_json(run / "encoder" / "config.json")
     E = load_encoder(run / "encoder", device="cpu")
     E.generator = generators[0].fingerprint()
-    save_encoder(E, folder, half=True)
+    save_encoder(E, folder, precision=precision)
     E = load_encoder(folder, fingerprint=E.generator, device="cpu")
     photos = {
         name: text[name] for name in text if name.startswith("photo_") or name in ("n_photos", "steps", "seconds")
     }
-    save_encoder(E, folder, half=True, about={**photos, **evaluate_encoder(E, generators)})
+    save_encoder(E, folder, precision=precision, about={**photos, **evaluate_encoder(E, generators)})
 
 
 def release_editor(folder: Path) -> None:
@@ -127,6 +127,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("name", help="of the release, such as toy64")
     for part in ("common", "futuristic", "encoder"):
         parser.add_argument(f"--{part}", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--precision", choices=WEIGHT_PRECISIONS, help="of the weights; default: int8 for photo pairs, fp16 for others"
+    )
     parser.add_argument("--editor", action="store_true", help="fit the body editor of the stored release, and no more")
     parser.add_argument("--probe", type=Path, help="folder of a futurism probe; default: that of the release before")
     parser.add_argument("--data", type=Path, default=Path("data"), help="where releases lie")
@@ -138,8 +141,21 @@ def main(argv: list[str] | None = None) -> None:
         make_release(arguments, folder)
     if arguments.data.resolve() == IN_REPOSITORY:
         write_hashes(IN_REPOSITORY, IN_REPOSITORY.parent / "nbs" / "0_base" / "06_releases.ipynb")
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
-    print(f"{folder}: {size:.1f} MB" + (f", more than {LIMIT_MB} MB" if size > LIMIT_MB else ""))
+    print(describe_size(arguments.data, arguments.name))
+
+
+def describe_size(data: Path, name: str) -> str:
+    """Say how large a release is, and of a photo pair, whether all of them together stay below their limit."""
+
+    def measure(folder: Path) -> float:
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
+
+    text = f"{data / name}: {measure(data / name):.1f} MB"
+    if not name.startswith("photo"):
+        return text
+    total = sum(map(measure, data.glob("photo*")))
+    use = "more than" if total > LIMIT_MB else "of at most"
+    return f"{text}; all photo pairs: {total:.1f} MB, {use} {LIMIT_MB} MB"
 
 
 def make_release(arguments: argparse.Namespace, folder: Path) -> None:
@@ -151,15 +167,17 @@ def make_release(arguments: argparse.Namespace, folder: Path) -> None:
         raise CarprotoError(
             f"{arguments.encoder} was trained for generator {bound}, which is not the one of {arguments.common}"
         )
+    precision = arguments.precision or ("int8" if arguments.name.startswith("photo") else "fp16")
     with folder_aside(folder.with_name(f"{folder.name}.new")) as aside:
         for part in ("common", "futuristic"):
-            release_generator(getattr(arguments, part), aside / part)
+            release_generator(getattr(arguments, part), aside / part, precision)
         D = load_discriminator(arguments.common, "cpu")  # whose features refinement compares
-        save_discriminator(D, aside / "common" / "discriminator", half=True)
+        save_discriminator(D, aside / "common" / "discriminator", precision=precision)
         release_encoder(
             arguments.encoder,
             aside / "encoder",
             [load_generator(aside / part, "cpu") for part in ("common", "futuristic")],
+            precision,
         )
         for part in ("common", "futuristic", "encoder"):
             copy_record(getattr(arguments, part), aside / "record" / part)
