@@ -95,15 +95,12 @@ def sample_latents(
     z_dim: int,  # size of a latent
     seed: int = 0,  # the same seed gives the same latents
     *,
-    truncation: float = 1.0,  # standard deviation, 0 to 1; 1 is the prior, less gives typical samples
+    draw: int = 0,  # which of the latents that a seed gives one after another
 ) -> torch.Tensor:  # float32 (n, z_dim), normal, on the CPU
-    "Sample latents; latent i does not depend on `n`; raise `CarprotoError` for a truncation that is no share."
-    if not 0 <= truncation <= 1:
-        raise CarprotoError(f"truncation is {truncation}: it must be from 0 to 1, and 1 truncates nothing")
-    if not n:
-        return torch.empty(0, z_dim)
-    z = torch.cat([torch.randn(1, z_dim, generator=seeded(seed * 1_000_003 + i)) for i in range(n)])
-    return z if truncation == 1 else truncation * z
+    "Sample latents; latent i does not depend on `n`."
+    sources = [seeded(seed * 1_000_003 + i) for i in range(n)]
+    rows = [[torch.randn(z_dim, generator=source) for _ in range(draw + 1)][-1] for source in sources]
+    return torch.stack(rows) if rows else torch.empty(0, z_dim)
 
 # %% ../nbs/0_base/01_core.ipynb #a004783b
 def progress(

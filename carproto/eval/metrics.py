@@ -165,13 +165,12 @@ def generate_images(
     n: int,  # images
     *,
     seed: int = 0,  # of the latents
-    truncation: float = 1.0,  # of the latents, 0 to 1; 1 is the prior
     batch: int = 64,  # images in a forward pass
 ) -> torch.Tensor:  # uint8 (n, 3, H, W)
     "Generate images from fixed latents."
     was_training, device = G.training, next(G.parameters()).device
     G.eval()
-    latents = sample_latents(n, G.z_dim, seed, truncation=truncation)
+    latents = sample_latents(n, G.z_dim, seed)
     images = torch.cat([to_bytes(G(z.to(device))) for z in latents.split(batch)])
     G.train(was_training)
     return images
