@@ -1,20 +1,23 @@
-"""Train photo pairs on aligned cars in three stages, each in sittings that may end at any moment; prepare a release.
+"""Train photo pairs on aligned cars in four stages, each in sittings that may end at any moment; prepare a release.
 
     python studies/photo_pair.py parent --data COMMON.zip --heldout HELDOUT.zip --run runs/parent64 OPTIONS
     python studies/photo_pair.py joint --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64 \\
         --source runs/parent64 OPTIONS
+    python studies/photo_pair.py encoder --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64_encoder \\
+        --source runs/photo64 OPTIONS
     python studies/photo_pair.py child --data CONCEPTS.zip --heldout CONCEPTS_HELDOUT.zip --run runs/photo64_child \\
         --source runs/photo64 OPTIONS
-    python studies/photo_pair.py release --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64 OPTIONS \\
+    python studies/photo_pair.py release --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64_encoder OPTIONS \\
         --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip
-    python tools/release.py photo64 --common runs/photo64 --futuristic runs/photo64_child --encoder runs/photo64 \\
-        --probe runs/photo64/probe
+    python tools/release.py photo64 --common runs/photo64 --futuristic runs/photo64_child \\
+        --encoder runs/photo64_encoder --probe runs/photo64_encoder/probe
 
 OPTIONS: --masks FOLDER --aspect 1.4 --extractor MOBILENET.safetensors --feature_path SQUEEZENET.safetensors. The parent
-is an SN-GAN with heads on SqueezeNet's frozen features; then generator and encoder are tuned jointly; the child is
-fine-tuned with FreezeD. MobileNetV2 at 96 px measures. One seed, since the runs are long. Where a source's folder is
-lost, `--source data/milestones/photo128` goes on from the committed weights, with Adam's moments at zero. A joint run
-with `--size 128` whose source has 64 px grows the source's networks first, and all later stages take `--size 128`."""
+is an SN-GAN with heads on SqueezeNet's frozen features; then generator and encoder are tuned jointly, and the encoder
+alone goes on; the child is fine-tuned with FreezeD. MobileNetV2 at 96 px measures. One seed, since the runs are long.
+Where a source's folder is lost, `--source data/milestones/photo128` goes on from the committed weights, with Adam's
+moments at zero. A joint run with `--size 128` whose source has 64 px grows the source's networks first, and all later
+stages take `--size 128`."""
 
 import argparse
 import sys
@@ -59,20 +62,22 @@ CONFIG = TrainConfig(
     report_every=1000,
 )
 JOINT = JointConfig(**{**asdict(CONFIG), "report_every": 500})
+ENCODER_ALONE = {"fixed_generator": True, "lr_e": 4e-4, "perceptual_weight": 40.0, "channel_gain_weight": 0.02}
 CHILD = FinetuneConfig(n_frozen=2, steps=1000, augment="color,translation,cutout", lecam_weight=0.0, report_every=250)
 
 GROW_STEPS = 800  # of fitting new layers; those of photo128's discriminator had 300
 
 
-def config_at(size: int) -> JointConfig:
-    """Return the options of a joint run."""
-    return JOINT if size == JOINT.size else replace(grow_config(JOINT), report_every=400)
+def config_at(size: int, stage: str) -> JointConfig:
+    """Return the options of a joint run, or of its encoder alone."""
+    config = JOINT if size == JOINT.size else replace(grow_config(JOINT), report_every=400)
+    return replace(config, **ENCODER_ALONE) if stage == "encoder" else config
 
 
 def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("parent", "joint", "child", "release"), help="what to do")
+    parser.add_argument("stage", choices=("parent", "joint", "encoder", "child", "release"), help="what to do")
     parser.add_argument("--data", type=Path, required=True, help="photos: folder or zip")
     parser.add_argument("--heldout", type=Path, required=True, help="held-out ones")
     parser.add_argument(
@@ -102,7 +107,7 @@ def open_aligned(path: Path, arguments: argparse.Namespace, size: int) -> CarIma
 def load_source(source: Path | None, stage: str) -> dict | None:
     """Load the newest checkpoint of a run, or a milestone's weights."""
     if source is None:
-        if stage == "joint":
+        if stage in ("joint", "encoder"):
             raise CarprotoError("joint tuning starts from a trained parent: name its run, or a milestone (--source)")
         return None
     state = load_checkpoint(source / "checkpoints")
@@ -151,8 +156,10 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.source is None:
             raise CarprotoError("the child starts from a tuned parent: name its run (--source)")
         result = finetune_freezed(arguments.source, cars.images, arguments.run, **CHILD.changes(), **options)
-    elif arguments.stage == "joint":
-        config, source, run = config_at(arguments.size), None, RunFolder(arguments.run)
+    elif arguments.stage in ("joint", "encoder"):
+        config, source, run = config_at(arguments.size, arguments.stage), None, RunFolder(arguments.run)
+        if config.fixed_generator:
+            options["evaluate"] = None  # its samples stay the same
         if load_checkpoint(run.checkpoints) is not None:
             config = replace(config, grow_steps=run.config().get("grow_steps", 0))
         else:

@@ -7,7 +7,7 @@
 
 In order: train on common cars, shorten the code to the directions that show and let it settle, fine-tune on concept
 cars, shorten both codes alike, train the encoder, measure, release. Each stage is the sub-command of its name, its
-run lies in runs/NAME, and goes on where it was stopped. The release, data/NAME, gets half-precision weights and the
+run lies in runs/NAME, and goes on where it was stopped. The release, data/NAME, gets fp16 weights and the
 records; no network is needed."""
 
 import argparse

@@ -25,6 +25,7 @@ from carproto.latent.joint import tune_jointly
 from carproto.run import RunFolder, load_checkpoint
 from carproto.toycars.dataset import ToyCars
 from carproto.toycars.shape import FUTURISTIC
+from carproto.weights import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "studies"))
@@ -35,6 +36,7 @@ import photo_blends as study_blends  # noqa: E402
 import photo_pair as study_pair  # noqa: E402
 import train_release as train_pair  # noqa: E402
 import training_recipe as study_recipe  # noqa: E402
+import whole_cars as study_whole_cars  # noqa: E402
 from milestone import write_milestone  # noqa: E402
 
 TINY = ["--n_heldout", "16", "--n_train", "16"]
@@ -352,6 +354,12 @@ def test_photo_pair_grows_a_run_of_64_px_and_goes_on_with_its_options(tmp_path, 
     write_milestone(tmp_path / "128", tmp_path / "milestone")
     study_pair.main([*inputs, "--source", str(tmp_path / "milestone"), "--run", str(tmp_path / "again")])
     assert RunFolder(tmp_path / "again").config()["grow_steps"] == 0  # all layers have been trained at 128 px
+    study_pair.main(["encoder", *inputs[1:], "--source", str(tmp_path / "again"), "--run", str(tmp_path / "encoder")])
+    names = [tmp_path / run / "final" for run in ("again", "encoder")]
+    generators = [load_generator(name, "cpu") for name in names]
+    encoders = [load_encoder(name / "encoder", device="cpu") for name in names]
+    assert generators[0].fingerprint() == generators[1].fingerprint()
+    assert fingerprint(encoders[0]) != fingerprint(encoders[1])
 
 
 def test_one_inversion_is_taken_out_of_many():
@@ -377,3 +385,14 @@ def test_mistake_ends_a_study_in_one_line():
     with pytest.raises(SystemExit, match="^test_studies: stopped after 3$"):
         study_record.run_or_exit(stop, stopped="stopped after 3")
     assert study_record.run_or_exit(lambda a, b: a - b, 5, b=3) == 2
+
+
+def test_whole_cars_sheets_and_targets(tmp_path):
+    """Sheets number each generator's samples; targets are means over lookers; draws name accepted latents."""
+    study_whole_cars.main(["sheets", "toy64", "--seed", "3", "--n", "30", "--out", str(tmp_path)])
+    names = {f"{kind}_3_{start:03d}.png" for kind in ("common", "futuristic") for start in (0, 25)}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    rows = [{"seed": 3, "n": 4, "broken": [0], "unsure": [1]}, {"seed": 3, "n": 4, "broken": [0, 2], "unsure": []}]
+    assert torch.allclose(study_whole_cars.read_targets(rows)[3], torch.tensor([1.0, 0.175, 0.5, 0.0]))
+    drawn = study_whole_cars.draw_latents(2, 6, 3, [1, 0])
+    assert torch.equal(drawn, torch.stack([sample_latents(2, 6, 3, draw=1)[0], sample_latents(2, 6, 3)[1]]))

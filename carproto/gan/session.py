@@ -155,9 +155,9 @@ def check_health(
 ) -> None:
     "Raise `CarprotoError` when a loss is not a number, D has won for good, or G has collapsed to one image."
     fault = None
-    if not all(math.isfinite(row[name]) for name in ("loss_d", "loss_g", "loss_f") if name in row):
+    if not all(math.isfinite(row[name]) for name in row if name.startswith("loss_")):
         fault = f"the loss is not a number at step {row['step']}: lower lr_g and lr_d, or use fp32"
-    elif row["logit_real"] - row["logit_fake"] > 50:
+    elif row.get("logit_real", 0) - row.get("logit_fake", 0) > 50:
         fault = f"the discriminator has won at step {row['step']}: lower lr_d or add images"
     elif row.get("pixel_diversity", 1.0) < 0.02:
         fault = f"mode collapse: all samples are one image at step {row['step']}: lower lr_g and lr_d, or add images"

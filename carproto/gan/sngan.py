@@ -7,7 +7,6 @@ __all__ = ['Generator', 'build_generator', 'expand_gains', 'average_gains', 'Dis
            'save_generator', 'load_generator', 'save_discriminator', 'read_discriminator']
 
 # %% ../../nbs/4_gan/02_sngan.ipynb #e3f9f9fe
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,16 @@ from ..core import pick_device, seeded
 from .fused_conv import DownBlock, UpBlock, channels_at
 from .spectral_norm import add_spectral_norm, init_orthogonal
 from ..images import FITS
-from ..weights import check_shapes, find_weights, load_config, read_weights, save_weights, whole, word
+from carproto.weights import (
+    check_shapes,
+    find_weights,
+    fingerprint,
+    load_config,
+    read_weights,
+    save_weights,
+    whole,
+    word,
+)
 
 # %% ../../nbs/4_gan/02_sngan.ipynb #68727c50
 class Generator(nn.Module):
@@ -79,11 +87,7 @@ class Generator(nn.Module):
 
     def fingerprint(self) -> str:
         "Return a short hash of all weights and statistics; equal fingerprints mean equal images."
-        digest = hashlib.sha256()
-        for name, value in sorted(self.state_dict().items()):
-            if not name.endswith("num_batches_tracked"):
-                digest.update(name.encode() + value.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint(self)
 
 
 def build_generator(
@@ -96,10 +100,14 @@ def build_generator(
 def expand_gains(
     by_channel: torch.Tensor,  # (N, sum of channels), one gain for each channel of each block
     channels: Sequence[int],  # of the blocks: `[shape[0] for shape in G.gain_shapes]`
+    by_position: torch.Tensor | None = None,  # (N, channels[0], 8, 8), added to the first block's; its means are not
 ) -> torch.Tensor:  # (N, n_channel_gains), the first block's repeated for its 8 x 8 positions
     "Give channel gains their positions."
     first, later = by_channel[:, : channels[0]], by_channel[:, channels[0] :]
-    return torch.cat([first.repeat_interleave(64, dim=1), later], 1)
+    first = first.repeat_interleave(64, dim=1)
+    if by_position is not None:
+        first = first + (by_position - by_position.mean((2, 3), keepdim=True)).flatten(1)
+    return torch.cat([first, later], 1)
 
 
 def average_gains(
@@ -166,11 +174,12 @@ def save_generator(
     G: Generator,  # in eval mode, with its statistics measured
     folder: str | Path,  # made if missing; files in it are replaced
     *,
-    half: bool = False,  # store the weights as fp16
+    precision: str = "fp32",  # how weights are stored, one of `WEIGHT_PRECISIONS`
     about: dict | None = None,  # further JSON entries: data, steps, metrics
 ) -> Path:  # the folder
     "Write a generator as safetensors and config.json; raise `CarprotoError` when it is not finite."
-    return save_weights(G, folder, {"kind": "generator", **G.config(), "fit": G.fit, **(about or {})}, half=half)
+    config = {"kind": "generator", **G.config(), "fit": G.fit, **(about or {})}
+    return save_weights(G, folder, config, precision=precision)
 
 
 def load_generator(
@@ -196,10 +205,11 @@ def save_discriminator(
     D: Discriminator,  # of a training that has ended
     folder: str | Path,  # made if missing; files in it are replaced
     *,
-    half: bool = False,  # store the weights as fp16
+    precision: str = "fp32",  # how weights are stored, one of `WEIGHT_PRECISIONS`
 ) -> Path:  # the folder
     "Write a discriminator as safetensors and config.json; raise `CarprotoError` when it is not finite."
-    return save_weights(D, folder, {"kind": "discriminator", "size": D.size, "width": D.width}, half=half)
+    config = {"kind": "discriminator", "size": D.size, "width": D.width}
+    return save_weights(D, folder, config, precision=precision)
 
 
 def read_discriminator(

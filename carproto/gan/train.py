@@ -131,8 +131,8 @@ def _log_row(row: dict, trainer: Trainer, run: RunFolder, bar: object) -> None:
     check_health(row, run)
     if trainer.processes.is_main:
         run.log(**row)
-    shown = {"D": row["loss_d"], "real": row["logit_real"], "fake": row["logit_fake"], "KID": row.get("kid")}
-    bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items() if value is not None})
+    shown = {"D": "loss_d", "real": "logit_real", "fake": "logit_fake", "KID": "kid", "photo R2": "photo_r2"}
+    bar.set_postfix({name: f"{row[key]:.3f}" for name, key in shown.items() if key in row})
 
 # %% ../../nbs/4_gan/12_train.ipynb #25d47a95
 def find_generator(

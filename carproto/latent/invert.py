@@ -7,6 +7,7 @@ __all__ = ['ERROR_P99', 'Inversion', 'invert', 'find_outliers', 'tune_pivot']
 
 # %% ../../nbs/6_latent/02_invert.ipynb #a28258a8
 import copy
+import math
 import time
 from dataclasses import dataclass, fields
 
@@ -16,7 +17,7 @@ from fastcore.basics import patch
 from ..config import CarprotoError, InvertConfig
 from ..core import pick_precision, progress, sample_latents
 from ..eval.perceptual import PerceptualDistance
-from ..gan.sngan import Generator
+from ..gan.sngan import Generator, expand_gains
 from .encoder import LatentEncoder
 
 # %% ../../nbs/6_latent/02_invert.ipynb #41beb457
@@ -68,7 +69,7 @@ def invert(
                     gains0 = channel_gains_start[i : i + config.batch].to(device)
             elif E is not None:
                 with torch.no_grad():
-                    z0, gains0 = E.encode(x)
+                    z0, gains0 = E.encode(x, G)
             else:
                 z0 = sample_latents(len(x), G.z_dim, config.seed + 7 + i).to(device)
             part = _Refiner(x, z0, gains0, G, perceptual, config).optimize(bar)
@@ -121,6 +122,31 @@ class _Refiner:
             distance = self.perceptual.distance_to([m.repeat(n, 1, 1, 1) for m in self.described], images)
         return distance, pixel, distance + self.config.pixel_weight * pixel
 
+# %% ../../nbs/6_latent/02_invert.ipynb #5e0c7a91
+@patch
+def _start_changes(self: _Refiner, n: int) -> list[tuple[torch.Tensor, float]]:
+    "Make the changes of channel gains that are optimized, at zero, with their shares of the learning rate."
+    config, device = self.config, self.x.device
+    if not config.use_channel_gains:
+        return []
+    if config.position_lr_share is None:
+        shapes = [(self.G.n_channel_gains, config.channel_gain_lr_share)]
+    else:
+        n_channels = sum(shape[0] for shape in self.G.gain_shapes)
+        n_positions = math.prod(self.G.gain_shapes[0])
+        shapes = [(n_channels, config.channel_gain_lr_share), (n_positions, config.position_lr_share)]
+    return [(torch.zeros(n, width, device=device, requires_grad=True), share) for width, share in shapes]
+
+
+@patch
+def _add_up(self: _Refiner, changes: list[torch.Tensor]) -> torch.Tensor | float:
+    "Return the change of all channel gains; those by position have mean 0 in each channel."
+    if len(changes) < 2:
+        return changes[0] if changes else 0.0
+    by_channel, by_position = changes
+    channels = [shape[0] for shape in self.G.gain_shapes]
+    return expand_gains(by_channel, channels, by_position.view(-1, *self.G.gain_shapes[0]))
+
 # %% ../../nbs/6_latent/02_invert.ipynb #080d9576
 @patch
 def optimize(self: _Refiner, bar) -> Inversion:
@@ -128,19 +154,19 @@ def optimize(self: _Refiner, bar) -> Inversion:
     config = self.config
     z = self.starts.clone().requires_grad_()
     start_gains = self.gains0.repeat(len(z) // len(self.x), 1)
-    channel_gains = start_gains.clone().requires_grad_(config.use_channel_gains)
+    changes = self._start_changes(len(z))
     groups = [{"params": [z], "lr_share": 1.0}]
-    if config.use_channel_gains:
-        groups.append({"params": [channel_gains], "lr_share": config.channel_gain_lr_share})
+    groups += [{"params": [change], "lr_share": share} for change, share in changes]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     with torch.no_grad():
-        best = self.measure(self.generate(z, channel_gains))[2]
+        best = self.measure(self.generate(z, start_gains))[2]
     best_z = z.detach().clone()
-    best_gains = channel_gains.detach().clone()
+    best_gains = start_gains.clone()
     waited = 0
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * group["lr_share"] * min(1.0, 2 * (1 - step / config.steps))
+        channel_gains = start_gains + self._add_up([change for change, _ in changes])
         with torch.autocast(**self.autocast):
             loss = self.measure(self.generate(z, channel_gains).float())[2]
         with torch.no_grad():

@@ -101,7 +101,28 @@ class JointTrainer(Trainer):
         self.white = WhitePenalty()
         self.gain_shares = self.G_ema.gain_shares().to(self.device)
         self.last_reconstructions = None  # of the step before, where they are scored
+        self.fixed = None  # the generator of the first step, where it is fixed
         self._split_optimizer()
+
+    def step_discriminator(self) -> dict[str, torch.Tensor]:
+        "Do one step of the discriminators; none where the generator is fixed."
+        return {} if self.config.fixed_generator else super().step_discriminator()
+
+    def step_generator(self) -> dict[str, torch.Tensor]:
+        "Do one step of generator and encoder; of the encoder alone where the generator is fixed."
+        if not self.config.fixed_generator:
+            return super().step_generator()
+        losses = self.step_further()
+        self.step += 1
+        return losses
+
+    def snapshot_ema(self) -> Generator:
+        "Copy the EMA and measure its BatchNorm statistics anew; once, where the generator is fixed."
+        if not self.config.fixed_generator:
+            return super().snapshot_ema()
+        if self.fixed is None:
+            self.fixed = super().snapshot_ema().requires_grad_(False)
+        return copy.deepcopy(self.fixed)
 
     def _split_optimizer(self) -> None:
         "Give the generator's first layer a learning rate of its own."
@@ -125,12 +146,16 @@ def step_further(
     "Reconstruct photos, step the encoder and its EMA, and add the gradients of the generator, which steps afterwards."
     config, x = self.config, self.photos.next_batch()
     self.E.train()
-    self.G.eval()  # running statistics, which samples set
+    G = self.G.eval()  # running statistics, which samples set
+    if config.fixed_generator:
+        G = self.fixed or self.snapshot_ema()
     with self.autocast():
         raw, channel_gains = self.E.encode_raw(x)
+        if config.fixed_generator:
+            raw, channel_gains = self.E.correct(raw, channel_gains, G)
         z = self.E.scale(raw)
         inputs = [value.detach().requires_grad_() for value in (z, channel_gains)]
-        reconstruction = self.G(*inputs)
+        reconstruction = G(*inputs)
     errors = {"loss_pixel": F.mse_loss(reconstruction, x)}
     total = config.pixel_weight * errors["loss_pixel"]
     if self.perceptual is not None:
@@ -212,6 +237,9 @@ def init_from_parent(
     "Take networks, EMA and moments from a parent run; the encoder too, where it has one."
     state = self.state_dict()
     encoder = {name: parent.get(name, state[name]) for name in ("E", "E_ema", "optimizer_e", "white")}
+    if encoder["E"].keys() < state["E"].keys():  # of a version without positions; these begin at zero
+        encoder |= {name: {**state[name], **encoder[name]} for name in ("E", "E_ema")}
+        encoder["optimizer_e"] = state["optimizer_e"]
     Trainer.init_from_parent(self, {**parent, **encoder, "photos": state["photos"]})
 
 
