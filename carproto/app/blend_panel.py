@@ -19,7 +19,6 @@ from .path_view import PathView
 from .pipeline import CarPipeline
 from ..blend.recipe import BlendRecipe
 from ..config import CarprotoError
-from ..core import sample_latents
 
 # %% ../../nbs/8_app/14_blend_panel.ipynb #468cd6fa
 class BlendPanel(StudioPanel):
@@ -150,8 +149,7 @@ def sample_cars(
     seed: int,  # the same seed gives the same two cars
 ) -> None:
     "Choose two new cars at random."
-    pipeline = self.pipeline
-    latents = sample_latents(2, pipeline.common.z_dim, seed, truncation=pipeline.truncation).tolist()
+    latents = self.pipeline.sample(2, seed).tolist()
     with self._lock:
         with self.without_events():
             chosen = [self.cars.add(f"seed {seed}{end}", latent) for end, latent in zip("ab", latents)]

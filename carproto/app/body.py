@@ -104,7 +104,7 @@ def edit(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # latents and channel gains, as `generate` takes them
     "Change one attribute of cars; raise `CarprotoError` without an editor, and for an attribute that it cannot edit."
     if editor is None and self.source is not None:
-        editor = find_body(self, self.source)
+        editor = self._editor = self._editor or find_body(self, self.source)
     if editor is None:
         raise CarprotoError("this pipeline has no editor: fit one, `editor=fit_body(pipe)`")
     return editor.edit(z, {ALIASES.get(attribute, attribute): amount}, channel_gains)

@@ -31,7 +31,7 @@ class CarList:
     ):
         pipeline.generator("futuristic")  # raises where there is none
         z_dim = pipeline.common.z_dim
-        z = sample_latents(n, z_dim, pipeline.seed, truncation=pipeline.truncation) if z is None else z
+        z = pipeline.sample(n, pipeline.seed) if z is None else z
         if z.ndim != 2 or not len(z) or z.shape[1] != z_dim:
             raise CarprotoError(
                 f"the latents are {tuple(z.shape)}: these generators take one or more rows of {z_dim} numbers"

@@ -96,13 +96,14 @@ def _mirrored_views(options: Curate) -> tuple[str, ...] | None:
 
 def _make_aligner(options: Curate) -> Aligner | None:
     "Make the aligner; None without --align."
-    names = ("aspect", "mask_model", "mask_file", "max_defect_score")
+    names = ("aspect", "mask_model", "mask_engine", "mask_file", "max_defect_score")
     if not options.align:
         if any(getattr(options, name) is not None for name in names):
             raise CarprotoError(f"{', '.join(names)} need --align")
         return None
     config = _leave_out_none(
         mask_model=options.mask_model,
+        mask_engine=options.mask_engine,
         max_defect_score=options.max_defect_score,
         aspect=options.aspect,
         views=_mirrored_views(options),

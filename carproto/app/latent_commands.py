@@ -97,7 +97,7 @@ def invert_folder(
     folder = Path(options.out)
     latents = {}
     for i, name in enumerate(names):
-        z, channel_gains = result.car(i)
+        z, channel_gains = result.car(i, 1.0)  # as the images show
         latents[name] = {"z": z, "channel_gains": channel_gains}
     save_json(latents, folder / "latents.json")
     rows = torch.cat([images, result.images_start, result.images])
@@ -194,8 +194,8 @@ def make_blend(
 ) -> BlendRecipe:  # all that is needed to generate the frames
     "Invert both cars and plan the intensities of latent and generator."
     steps = parse_intensities(options.intensity)
-    if options.truncation is not None:
-        pipeline.truncation = options.truncation
+    if options.drawn:
+        pipeline.whole_cars = ()
     return pipeline.plan_blend(
         options.car_a,
         options.car_b,

@@ -27,7 +27,6 @@ from ..blend.interpolate import GAIN_POWER, blend_frames
 from ..blend.onnx_graph import OPSET, compare_with_pytorch, write_graph
 from ..blend.speed import plan_speed
 from ..config import CarprotoError
-from ..core import sample_latents
 from ..data.align import config_from_frame
 from ..files import atomic_path, cache_folder, save_json
 from carproto.latent.edit import (
@@ -55,7 +54,7 @@ def average_path(
     labels = torch.linspace(0, 1, 11)
     paths = []
     for i in range(n_pairs if pipeline.futurism is not None else 0):
-        ends = sample_latents(2, pipeline.common.z_dim, seed=seed + i)
+        ends = pipeline.sample(2, seed + i)
 
         def frames(w: torch.Tensor, ends: torch.Tensor = ends) -> torch.Tensor:
             return blend_frames(*pipeline.generators, *ends, w)
@@ -79,7 +78,7 @@ def describe_pair(
     "Describe a pair for its page."
     common = pipeline.common
     fingerprints = [G.fingerprint() for G in (common, pipeline.generator("futuristic"))]
-    latents = np.concatenate([sample_latents(1, common.z_dim, seed=seed).numpy() for seed in range(N_SEEDS)])
+    latents = np.concatenate([pipeline.sample(1, seed).numpy() for seed in range(N_SEEDS)])
     return {
         "format": 1,
         "kind": "pair",

@@ -20,6 +20,7 @@ from carproto.config import (
     EncoderConfig,
     Fit,
     InvertConfig,
+    MaskEngine,
     check_numbers,
 )
 
@@ -68,6 +69,7 @@ class Curate:
     align: bool = False  # segment the cars, reject those that cannot be aligned; training opens them aligned
     aspect: OrNone[float] = None  # with --align: true width / height of squashed photos, as 1.4; None: each photo's own
     mask_model: OrNone[str] = None  # with --align: u2netp, u2net, silueta or isnet-general-use; None: u2netp
+    mask_engine: OrNone[MaskEngine] = None  # with --align: openvino is faster where bf16 is; None: onnxruntime
     mask_file: OrNone[PathText] = None  # with --align: file of that network; None downloads it
     max_defect_score: OrNone[float] = None  # with --align: reject cut-outs above this score, 0 to 1; None: the default
     sheet: OrNone[PathText] = None  # file of a contact sheet of rejected photos; None writes none
@@ -158,7 +160,7 @@ class Blend:
     editor: OrNone[PathText] = None  # folder or release (toy64/editor) of an editor; None takes that of --pipeline
     fit: OrNone[Fit] = None  # how a photo becomes square; None takes what the weights say
     extrapolate: bool = False  # allow intensities outside 0 to 1
-    truncation: OrNone[float] = None  # of seeds' latents, 0 to 1: less gives typical cars; None: the release's, or 1
+    drawn: bool = False  # take seeds' latents as drawn, also where --pipeline knows whole cars from broken ones
     refine: FlagConversionOff[InvertConfig] = PHOTO_INVERSION
 
     def __post_init__(self):

@@ -29,8 +29,10 @@ from ..gan.train import best_generator, load_discriminator
 from ..images import FITS
 from ..latent.encoder import LatentEncoder, StyleEncoder, load_encoder, load_encoder_config, save_encoder
 from ..latent.invert import ERROR_P99
+from ..latent.rejection import WholeCarProbe, load_probes
+from ..releases import RELEASES
 from ..toycars.regressor import factor_regressor
-from ..weights import IN_REPOSITORY, find_weights, load_config, number, whole, word
+from ..weights import IN_REPOSITORY, find_weights, load_config, whole, word
 
 # %% ../../nbs/8_app/02_parts.ipynb #0f09f01f
 _Scale = Callable[[torch.Tensor], Sequence[float]]  # images (n, 3, H, W) -> n numbers
@@ -52,7 +54,7 @@ class PipelineParts:
     segment: Callable | str | Path | None = None  # from picture to mask, or the network's file; None downloads it
     has_outlines: bool = True  # whether cars stand before a plain background, so that masks can be compared
     seed: int = 0  # of example cars
-    truncation: float = 1.0  # of random cars' latents, 0 to 1; 1 is the prior
+    whole_cars: Sequence[WholeCarProbe] = ()  # one for each generator; with none, latents are taken as drawn
     note: str = ""  # which parts are missing, and why
     metric_source: Discriminator | str | None = None  # of `perceptual`: a network, or "toys" for the factor regressor
     futurism_source: FuturismProbe | str | None = None  # of `futurism`: a probe, or "toys" for the factor regressor
@@ -83,7 +85,8 @@ class PipelineParts:
     def segment_car(self, picture: Image.Image) -> Image.Image:
         "Return the mask of a photo; load the network at its first use."
         if not callable(self.segment):
-            self.segment = load_segmenter(config_from_frame(self.frame).mask_model, self.segment)
+            config = config_from_frame(self.frame)
+            self.segment = load_segmenter(config.mask_model, self.segment, engine=config.mask_engine)
         return self.segment(picture)
 
     def load_photos(
@@ -115,7 +118,7 @@ def load_parts(
     fit: str | None = None,  # how a photo becomes square; None takes what the weights say
     has_outlines: bool | None = None,  # whether cars stand before a plain background; None where they are aligned
     seed: int | None = None,  # of example cars; None is 0
-    truncation: float | None = None,  # of random cars' latents, 0 to 1; None is the prior, 1
+    whole_cars: str | Path | None = None,  # folder of the whole-car probes; None takes latents as drawn
     optional: bool = False,  # note what is missing beside the generators, and go on
     device: str = "cpu",  # where the networks run
 ) -> PipelineParts:  # with the alignment frame that the weights expect
@@ -133,10 +136,12 @@ def load_parts(
     G = best_generator(common, device)
     child = None if futuristic is None else best_generator(futuristic, device)
     parts = PipelineParts(G, child, fit=fit, frame=_find_frame(common), segment=segment, seed=seed or 0)
-    parts.truncation = parts.truncation if truncation is None else truncation
     parts.has_outlines = parts.frame is not None if has_outlines is None else has_outlines
     if encoder is not None:
         attempt(lambda: _add_encoder(parts, encoder, device), "Photos cannot be inverted")
+    if whole_cars is not None and parts.encoder is not None:
+        probes = attempt(lambda: load_probes(whole_cars, parts.fingerprints, parts.encoder), "Cars may break")
+        parts.whole_cars = probes or ()
     if metric is not None:
         attempt(lambda: _add_metric(parts, metric, common, device), "Images are compared by pixels")
     if futurism is not None:
@@ -193,9 +198,7 @@ def _add_scale(parts: PipelineParts, spec: str | Path, backbone: str | Path | No
     folder = find_weights(spec)
     parts.futurism_source = FuturismProbe.load(folder)
     scale = futurism_scale(folder, backbone, encoder=parts.encoder, device=device)
-    ends = parts.futurism_source.report.get("heldout_logit", {"common": [0.0], "concept": [1.0]})
-    low, high = ends["common"][0], ends["concept"][0]
-    parts.futurism = lambda images: (scale(images) - low) / (high - low)
+    parts.futurism = lambda images: parts.futurism_source.normalize(scale(images))
 
 # %% ../../nbs/8_app/02_parts.ipynb #a83267cd
 RELEASED_PIPELINES = {  # name: title, and a seed whose cars both generators generate well
@@ -205,7 +208,6 @@ RELEASED_PIPELINES = {  # name: title, and a seed whose cars both generators gen
 }
 _KINDS = {
     "seed": whole(0, 2**31 - 1),
-    "truncation": number(0, 1),
     "fit": word(*FITS),
     "metric": word("toys", "discriminator"),
     "futurism": word("toys", "probe"),
@@ -244,6 +246,8 @@ def load_release(
     encoder, tuned = f"{name}/encoder", find_encoder(common)
     if _has_config(tuned) and not _has_config(encoder):
         encoder = tuned
+    probes = f"{name}/whole_cars"
+    config["whole_cars"] = probes if _has_config(f"{probes}/common") or f"{probes}/common" in RELEASES else None
     return load_parts(common, child, encoder, probe if scale == "probe" else scale, optional=True, **config, **options)
 
 
@@ -291,6 +295,8 @@ def save_parts(
     if isinstance(parts.futurism_source, FuturismProbe):
         parts.futurism_source.save(folder / "probe")
         kinds["futurism"] = "probe"
-    config = {name: getattr(parts, name) for name in ("seed", "truncation", "fit", "has_outlines")}
+    for kind, probed in zip(("common", "futuristic"), parts.whole_cars):
+        probed.save(folder / "whole_cars" / kind)
+    config = {name: getattr(parts, name) for name in ("seed", "fit", "has_outlines")}
     save_json({"kind": "pipeline", "format": 1, **config, **kinds}, folder / "config.json")
     return folder

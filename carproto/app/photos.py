@@ -87,16 +87,27 @@ class PhotoInversion(Inversion):
     "An inversion of photos, with its outliers."
 
     names: list[str] = field(default_factory=list)  # of the photos
-    rms_latent: torch.Tensor | None = None  # (N,), RMS error after the first pass, in units of [-1, 1]
+    rms_latent: torch.Tensor | None = None  # (N,), RMS error without refined channel gains, in units of [-1, 1]
     outliers: list[int] = field(default_factory=list)  # indices of photos that probably show no car of a trained view
     error_p99: float = ERROR_P99  # RMS error from which a photo is an outlier
     has_channel_gains: bool = False  # whether they were predicted or refined
+    kept_share: float = 1.0  # of the refinement that `car` keeps, 0 to 1; the rest is the encoder's prediction
 
-    def car(self, i: int) -> tuple[list[float], list[float] | None]:
-        "Return latent and channel gains of a photo as JSON holds them; None where all channel gains are 1."
+    def car(
+        self,
+        i: int,  # index of the photo
+        share: float | None = None,  # of the refinement that is kept, 0 to 1; None takes `kept_share`
+    ) -> tuple[list[float], list[float] | None]:  # as JSON holds them; None where all channel gains are 1
+        "Return latent and channel gains of a photo."
+        z, gains = self.z[i], self.channel_gains[i]
+        share = self.kept_share if share is None else share
+        if share < 1:
+            ends, gains = (self.z_start[i], z), torch.lerp(self.channel_gains_start[i], gains, share)
+            z = torch.lerp(*ends, share)
+            z = z * torch.lerp(*(end.norm() for end in ends), share) / z.norm()  # which is shorter between the ends
         if not self.has_channel_gains:
-            return self.z[i].tolist(), None
-        return self.z[i].tolist(), [round(value, 4) for value in self.channel_gains[i].tolist()]  # as `invert` does
+            return z.tolist(), None
+        return z.tolist(), [round(value, 4) for value in gains.tolist()]  # as `invert` does
 
     def describe_outlier(self, i: int) -> str:
         "Say how far a photo is off."
@@ -134,15 +145,20 @@ def invert_photos(
     on_step: Callable[[float], None] | None = None,  # called with the share that is done, 0 to 1
     quiet: bool = True,  # no bar
 ) -> PhotoInversion:  # on the CPU
-    "Invert photos: refine the encoder's latents, then latents and channel gains where the configuration asks for them."
+    "Invert photos: refine the encoder's latents, and channel gains too where the configuration asks for them."
+    has_two_passes = config.use_channel_gains and not isinstance(E, StyleEncoder)
     if on_step is not None:
-        G = _count_calls(G, config.steps * (1 + config.use_channel_gains), on_step)
+        G = _count_calls(G, config.steps * (1 + has_two_passes), on_step)
     options = {"perceptual": perceptual, "quiet": quiet}
-    first = last = invert(images, G, E, config=replace(config, use_channel_gains=False), **options)
+    first_config = replace(config, use_channel_gains=False) if has_two_passes else config
+    first = last = invert(images, G, E, config=first_config, **options)
     names_start = ("z_start", "channel_gains_start", "images_start", "distance_start")
     start = {name: getattr(first, name) for name in names_start}
     seconds = first.seconds
-    if config.use_channel_gains:
+    if not has_two_passes and config.use_channel_gains:  # channel gains fit anything
+        error = (first.images_start - images.cpu()).square().mean((1, 2, 3)).sqrt()
+        first = replace(first, rms=error)
+    if has_two_passes:
         gains = first.channel_gains
         last = invert(images, G, z_start=first.z, channel_gains_start=gains, config=config, **options)
         seconds = first.seconds + last.seconds

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 
-from .cars import Car, GeneratedCars, latent_of_seed, name_car
+from .cars import Car, GeneratedCars, name_car, read_seed
 from .parts import PipelineParts, load_parts, load_release, save_parts
 from .photos import Photo, PhotoInversion, invert_photos, name_photos, turn_left
 from ..blend.calibrate import NOT_RISING, calibrate_in_pieces
@@ -30,6 +30,7 @@ from ..eval.reconstruction import explained_variance
 from ..images import to_tensor
 from ..latent.encoder import reconstruct
 from ..latent.invert import Inversion
+from ..latent.rejection import sample_whole_cars
 
 # %% ../../nbs/8_app/03_pipeline.ipynb #2f49a914
 @dataclass
@@ -40,6 +41,7 @@ class CarPipeline(PipelineParts):
         super().__post_init__()
         self._calibrations, self.source = {}, None  # the release or folder that `from_pretrained` loaded
         self._generated = GeneratedCars()
+        self._editor = None  # that `edit` has loaded
 
     @classmethod
     def from_pretrained(
@@ -71,6 +73,16 @@ class CarPipeline(PipelineParts):
     def _of(cls, parts: PipelineParts) -> "CarPipeline":
         return cls(**{part.name: getattr(parts, part.name) for part in fields(PipelineParts)})
 
+    def sample(
+        self,
+        n: int,  # number of latents
+        seed: int = 0,  # the same seed gives the same latents
+    ) -> torch.Tensor:  # float32 (n, z_dim), on the CPU
+        "Sample latents of random cars, by rejection where there are whole-car probes."
+        if not self.whole_cars:
+            return sample_latents(n, self.common.z_dim, check_seed(seed))
+        return sample_whole_cars(n, self.generators, self.encoder, self.whole_cars, seed=check_seed(seed))
+
 # %% ../../nbs/8_app/03_pipeline.ipynb #2bd63c64
 @patch
 @torch.no_grad()
@@ -80,16 +92,13 @@ def generate(
     seed: int = 0,  # of the latents
     kind: str = "common",  # which generator: common or futuristic
     *,
-    truncation: float | None = None,  # of the latents, 0 to 1: less gives more typical cars; None: the pipeline's
     z: torch.Tensor | None = None,  # (N, z_dim) latents, in place of `n` and `seed`
     channel_gains: torch.Tensor | None = None,  # (N, n_channel_gains), as `encode` refines them; None means 1
 ) -> torch.Tensor:  # float (N, 3, size, size) in [-1, 1], on the CPU
     "Generate cars, and store their latents under hashes of the images, so that `blend` need not invert them."
     G = self.generator(kind)
     device = next(G.parameters()).device
-    if z is None:
-        truncation = self.truncation if truncation is None else truncation
-        z = sample_latents(n, G.z_dim, check_seed(seed), truncation=truncation)
+    z = self.sample(n, seed) if z is None else z
     inputs = [z.to(device)] if channel_gains is None else [z.to(device), channel_gains.to(device)]
     images = G(*inputs).cpu()
     self._generated.add(images, z, channel_gains)
@@ -131,6 +140,7 @@ def encode(
         on_step=on_step,
         quiet=quiet,
     )
+    result.kept_share = (config or self.inversion).kept_share if kind == "futuristic" else 1.0
     for i in result.outliers if warn else []:
         warnings.warn(result.describe_outlier(i), stacklevel=2)
     return result
@@ -144,7 +154,7 @@ def prepare_latent(
 ) -> tuple[list[float], list[float] | None]:  # latent, and channel gains where they were refined
     "Return the latent of a car; invert images that `generate` did not make; raise `CarprotoError` for anything else."
     if isinstance(car, str) and car.startswith("seed:"):
-        return latent_of_seed(car, self.common.z_dim, self.truncation).tolist(), None
+        return self.sample(1, read_seed(car))[0].tolist(), None
     if isinstance(car, torch.Tensor) and car.ndim == 1:
         if len(car) != self.common.z_dim:
             text = f"a latent of {len(car)} numbers is no car of this generator"
