@@ -113,13 +113,13 @@ def as_generated(trainer: Trainer, by_batch: bool) -> nn.Module:
     return ByBatch(copy.deepcopy(trainer.G)) if by_batch else trainer.snapshot_ema()
 
 
-def start_run(recipe: dict, config: TrainConfig, images: torch.Tensor) -> tuple[Trainer, bool]:
-    """Make the trainer of a recipe; tell as well whether it draws by the batch."""
+def start_run(recipe: dict, config: TrainConfig, images: torch.Tensor, **options) -> tuple[Trainer, bool]:
+    """Make the trainer of a recipe, with options of `Trainer`; tell as well whether it draws by the batch."""
     changes = dict(recipe)
     flips, by_batch = changes.pop("flips", False), changes.pop("by_batch", False)
     changes["batch"] = round(config.batch * changes.get("batch", 1))
     photos = torch.cat([images, images.flip(-1)]) if flips else images
-    return Trainer(photos, replace(config, **changes), pick_device()), by_batch
+    return Trainer(photos, replace(config, **changes), pick_device(), **options), by_batch
 
 
 def run_step(trainer: Trainer) -> float:
