@@ -93,7 +93,8 @@ def measure_ends(recipes: list[BlendRecipe], frames: list[torch.Tensor], pipe: C
     rows_a, rows_b = ([int(getattr(recipe, name)) for recipe in recipes] for name in ("car_a", "car_b"))
     inverted = cars[0].images[rows_a]
     z, gains = cars[0].z[rows_a], cars[0].channel_gains[rows_a]
-    end = pipe.generate(kind="futuristic", z=cars[1].z[rows_b], channel_gains=cars[1].channel_gains[rows_b])
+    z_b, gains_b = (torch.tensor(values) for values in zip(*(cars[1].car(i) for i in rows_b)))
+    end = pipe.generate(kind="futuristic", z=z_b, channel_gains=gains_b)
     common, child, bare = (
         pipe.generate(kind=kind, z=z, channel_gains=some)
         for kind, some in (("common", gains), ("futuristic", gains), ("futuristic", None))

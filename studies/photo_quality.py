@@ -5,7 +5,7 @@
         --squeezenet SQUEEZENET.safetensors
 
 MobileNetV2 at 96 px measures; training never saw it. LPIPS takes SqueezeNet, whose features training did see. Samples
-are unpicked, from three seeds of latents."""
+are unpicked, from three seeds of latents: as drawn, and by rejection where the pair has whole-car probes."""
 
 import argparse
 import statistics
@@ -18,11 +18,12 @@ from photo_pair import open_aligned
 
 from carproto.app.pipeline import CarPipeline
 from carproto.config import STYLE_INVERSION, InvertConfig
+from carproto.core import sample_latents
 from carproto.data.align import AlignConfig
 from carproto.eval.features import extract_features, mobilenet_extractor
-from carproto.eval.metrics import Evaluator, generate_images
+from carproto.eval.metrics import Evaluator
 from carproto.eval.reconstruction import Lpips, explained_variance, foreground, mask_iou, retrieval
-from carproto.images import to_tensor
+from carproto.images import to_bytes, to_tensor
 from carproto.latent.encoder import reconstruct
 
 SEEDS = (0, 1, 2)  # of the latents
@@ -30,22 +31,21 @@ SETS = ("data", "heldout", "concepts", "concepts_heldout")  # of photos: common 
 
 
 def measure_samples(
-    G: torch.nn.Module, train: torch.Tensor, unseen: torch.Tensor, extractor, n: int, truncations: list[float]
+    pipe: CarPipeline, kind: str, train: torch.Tensor, unseen: torch.Tensor, extractor, latents: dict
 ) -> dict:
-    """Measure samples of one generator: mean and standard deviation over seeds of latents, and where truncated."""
+    """Measure samples of one generator, mean and standard deviation over seeds: as drawn, and by rejection."""
     evaluator = Evaluator(unseen, extractor, train=train)
     names = ("kid", "precision", "recall", "density", "coverage", "copy_rate")
+    n = len(latents["drawn"][0])
     result = {"n_train": len(train), "n_heldout": len(unseen), "n_samples": n, "seeds": list(SEEDS)}
-    by_truncation = {}
-    for psi in dict.fromkeys((1.0, *truncations)):
-        rows = [evaluator.evaluate_images(generate_images(G, n, seed=seed, truncation=psi)) for seed in SEEDS]
-        by_truncation[f"{psi:g}"] = {
+    for how, by_seed in latents.items():
+        images = [torch.cat([to_bytes(pipe.generator(kind)(part)) for part in z.split(50)]) for z in by_seed]
+        rows = [evaluator.evaluate_images(one) for one in images]
+        measured = {
             name: {"mean": statistics.fmean(values), "sd": statistics.stdev(values)}
             for name, values in ((name, [row[name] for row in rows]) for name in names)
         }
-    result |= by_truncation["1"]
-    if len(by_truncation) > 1:
-        result["by_truncation"] = by_truncation
+        result |= measured if how == "drawn" else {how: measured}
     some = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:n]]
     real = evaluator.evaluate_images(to_tensor(some))
     result["training_photos"] = {name: real[name] for name in names if name != "copy_rate"}
@@ -112,19 +112,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--squeezenet", type=Path, required=True)
     parser.add_argument("--n_samples", type=int, default=1000, help="generated images a seed")
     parser.add_argument("--n_inverted", type=int, default=500, help="held-out photos that are inverted; 0 inverts none")
-    parser.add_argument(
-        "--truncation", type=float, nargs="+", default=[1.0], help="of the latents, 0 to 1; 1 is measured always"
-    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     pipe = CarPipeline.from_pretrained(arguments.release)
     extractor = mobilenet_extractor(arguments.extractor, 96)
     sets = open_sets(arguments, pipe.common.size)
     record = {"release": arguments.release, "fingerprints": pipe.fingerprints, "extractor": extractor.name}
-    options = {"extractor": extractor, "n": arguments.n_samples, "truncations": arguments.truncation}
-    record["common"] = measure_samples(pipe.common, sets["data"], sets["heldout"], **options)
+    latents = {"drawn": [sample_latents(arguments.n_samples, pipe.common.z_dim, seed) for seed in SEEDS]}
+    if pipe.whole_cars:
+        latents["rejection"] = [pipe.sample(arguments.n_samples, seed) for seed in SEEDS]
+        pairs = zip(*latents.values())
+        record["accepted_at_once"] = statistics.fmean((a == b).all(1).float().mean().item() for a, b in pairs)
+    options = {"extractor": extractor, "latents": latents}
+    record["common"] = measure_samples(pipe, "common", sets["data"], sets["heldout"], **options)
     if pipe.futuristic is not None:
-        record["futuristic"] = measure_samples(pipe.futuristic, sets["concepts"], sets["concepts_heldout"], **options)
+        record["futuristic"] = measure_samples(
+            pipe, "futuristic", sets["concepts"], sets["concepts_heldout"], **options
+        )
     if arguments.n_inverted:
         record["inversion"] = measure_inversion(pipe, sets["heldout"][: arguments.n_inverted], extractor, arguments)
     save_and_print(record, arguments.out)
