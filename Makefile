@@ -23,8 +23,9 @@ help:
 demo: .venv/.runtime
 	@$(IN_VENV) carproto demo $(ARGS)
 
+# Notebooks and tests leave gigabytes of small runs in temporary folders.
 test: .venv/.dev
-	@export OMP_NUM_THREADS=1 $(IN_VENV); failed=; \
+	@export OMP_NUM_THREADS=1 $(IN_VENV) TMPDIR="$$(mktemp -d)"; trap 'rm -rf "$$TMPDIR"' EXIT; failed=; \
 	echo "== ruff"; ruff check . || failed="$$failed ruff"; \
 	echo "== notebooks"; nbdev_test --n_workers 2 --timing --do_print || failed="$$failed notebooks"; \
 	echo "== pytest"; python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests || failed="$$failed pytest"; \

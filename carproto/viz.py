@@ -158,6 +158,8 @@ def save_picture(
 def show(
     picture: Image.Image | Figure | torch.Tensor | Sequence,  # image, figure, or images for `image_grid`
     title: str | None = None,  # above the image; also its alternative text
+    *,
+    quality: int | None = None,  # of JPEG, 1 to 95, on a page with many images; a figure then has 48 colours; None: 85
 ) -> None:
     "Display an image in the notebook as JPEG, or a figure as PNG."
     if not isinstance(picture, (Image.Image, Figure)):
@@ -165,7 +167,12 @@ def show(
     if title and isinstance(picture, Image.Image):
         picture = add_title(picture, title)
     format = "png" if isinstance(picture, Figure) else "jpeg"
-    display(Output(data=encode_picture(picture, format), format=format, alt=title))
+    data = encode_picture(picture, format, quality or 85)
+    if quality is not None and format == "png":
+        stream = io.BytesIO()
+        Image.open(io.BytesIO(data)).convert("RGB").quantize(48).save(stream, format, optimize=True)
+        data = stream.getvalue()
+    display(Output(data=data, format=format, alt=title))
     if isinstance(picture, Figure) and "matplotlib.pyplot" in sys.modules:
         sys.modules["matplotlib.pyplot"].close(picture)  # else pyplot displays it again at the end of the cell
 
