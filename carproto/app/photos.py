@@ -104,7 +104,7 @@ class PhotoInversion(Inversion):
         if share < 1:
             ends, gains = (self.z_start[i], z), torch.lerp(self.channel_gains_start[i], gains, share)
             z = torch.lerp(*ends, share)
-            z = z * torch.lerp(*(end.norm() for end in ends), share) / z.norm()  # which is shorter between the ends
+            z = z * (torch.lerp(*(end.norm() for end in ends), share) / z.norm())  # which is shorter between the ends
         if not self.has_channel_gains:
             return z.tolist(), None
         return z.tolist(), [round(value, 4) for value in gains.tolist()]  # as `invert` does
