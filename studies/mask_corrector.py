@@ -10,6 +10,10 @@ The target is the opacity that `cut_car` makes of the latter. A mask is spoiled:
 strips of the ground, rims and second cars come in, or only a blob is left of it. Backgrounds are darkened or replaced.
 Half way, photos are dropped whose own mask the network contradicts. The encoder starts from ImageNet's MobileNetV2.
 
+`--second` holds masks of another network for each pack, as `--masks` does. Then the target is that mask, corrected once
+by the released corrector, of photos where it overlaps with the mask of `--before` by 0.85 or more (IoU), half of the
+masks stay as they are, and no scores are read.
+
 The printed report compares the overlap (IoU) with that opacity on photos of the held-out packs, of the mask given and
 of the corrected one.
 """
@@ -28,9 +32,10 @@ from tqdm import tqdm
 from carproto.config import CarprotoError
 from carproto.data.align import CUT_SIDE, AlignConfig, cut_car
 from carproto.data.backbone import start_stages
+from carproto.data.mask_limits import check_limits
 from carproto.data.masks import mask_name
 from carproto.data.matte import bounding_box, main_part
-from carproto.data.segmenter import MaskCorrector, corrector_box, load_mask_corrector
+from carproto.data.segmenter import MaskCorrector, correct_mask, corrector_box, load_mask_corrector
 from carproto.data.store import PictureStore
 from carproto.files import load_json
 from carproto.images import open_picture
@@ -45,6 +50,7 @@ SIZE = (160, 128)  # of the network's input
 GOOD = (0, 0.12)  # labels of good cut-outs
 LIMITS = {"common": 0.1, "concept": 0.16}  # of the defect score of photos that are taken
 N_HELD = 200
+SAME = 0.85  # overlap (IoU) of a second network's mask, from which it is taken
 RATES = (4e-4, 2e-3)  # largest learning rates of encoder and decoder
 
 
@@ -56,16 +62,21 @@ def blur(values: np.ndarray, sigma: float) -> np.ndarray:
 def open_photos(packs: tuple, arguments: object, left_out: set[str]) -> dict[str, np.ndarray]:
     """Return photo, mask, opacity and the mask corrected before (128, 128, 6) of good photos, by `pack/file name`."""
     photos, config = {}, AlignConfig(aspect=arguments.aspect)
-    labels, scores = load_json(arguments.labels), load_json(arguments.scores)
+    labels, scores = load_json(arguments.labels), load_json(arguments.scores) if arguments.scores else {}
     for pack in packs:
         store = PictureStore(arguments.data / f"{pack}.zip")
         for name in tqdm(store.names, desc=pack):
             key = f"{pack}/{Path(name).name}"
             label, score = labels.get(key), scores.get(key, 1)
             is_good = label in GOOD[:1] or (label in (*GOOD, None) and score < LIMITS[pack.split("_")[0]])
-            if not is_good or key in left_out:
+            if key in left_out or not (is_good or arguments.second):
                 continue
             content = store.read(name)
+            if arguments.second:
+                layers = read_second(content, pack, arguments, config)
+                if layers is not None:
+                    photos[key] = layers
+                continue
             masks = [open_picture(root / pack / mask_name(content)) for root in (arguments.masks, arguments.before)]
             photo, (mask, before) = open_picture(content), [one.convert("L") for one in masks]
             if photo.size != (SIDE, SIDE):
@@ -83,6 +94,21 @@ def open_photos(packs: tuple, arguments: object, left_out: set[str]) -> dict[str
             alpha = alpha.transform(photo.size, Image.Transform.AFFINE, transform, Image.Resampling.BILINEAR)
             photos[key] = np.dstack([photo.convert("RGB"), mask.resize(photo.size), alpha, before.resize(photo.size)])
     return photos
+
+
+def read_second(content: bytes, pack: str, arguments: object, config: AlignConfig) -> np.ndarray | None:
+    """Return layers whose target is a second network's mask, corrected; None where the two masks differ too much."""
+    files = [root / pack / mask_name(content) for root in (arguments.masks, arguments.before, arguments.second)]
+    photo = open_picture(content)
+    if not files[2].is_file() or photo.size != (SIDE, SIDE):
+        return None
+    mask, before, second = (open_picture(file).convert("L") for file in files)
+    target = correct_mask(load_mask_corrector(), photo, second, passes=1)
+    one, other = (np.asarray(values) > 127 for values in (before, target))
+    overlap = (one & other).sum() / max(1, (one | other).sum())
+    if overlap < SAME or check_limits(target, config, stretch=arguments.aspect):
+        return None
+    return np.dstack([photo.convert("RGB"), mask, target, second])
 
 
 def render_toys(n: int) -> list[np.ndarray]:
@@ -142,11 +168,13 @@ def sample_side(rng: np.random.Generator, box: tuple, distance: float) -> np.nda
     return across + (2 * y - top - bottom) / (bottom - top) * np.sin(angle) > distance
 
 
-def spoil(mask: np.ndarray, alpha: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a mask (128, 128), 0 to 1, as it is (one in five), blurred, as a blob, or with up to four defects."""
+def spoil(mask: np.ndarray, alpha: np.ndarray, rng: np.random.Generator, as_it_is: float = 0.0) -> np.ndarray:
+    """Return a mask (128, 128), 0 to 1, as it is (a share, then one in five), blurred, as a blob, or with defects."""
     values, is_car = mask.astype(np.float32) / 255, alpha > 127
     box = bounding_box(is_car)
     width, height = box[2] - box[0], box[3] - box[1]
+    if as_it_is and rng.random() < as_it_is:
+        return values
     kind = rng.random()
     if kind < 0.26:
         return values if kind < 0.2 else blur(values, rng.uniform(1, 4))
@@ -237,7 +265,7 @@ def change_background(toy: np.ndarray, photos: list[np.ndarray], rng: np.random.
     return toy
 
 
-def sample_input(photos: list[np.ndarray], toys: list[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+def sample_input(photos: list, toys: list, rng: np.random.Generator, as_it_is: float = 0.0) -> np.ndarray:
     """Return the layers of a car with a spoiled mask (128, 160, 5); one in five stands before a second car."""
     while True:
         layers = photos[rng.integers(len(photos))]
@@ -245,7 +273,7 @@ def sample_input(photos: list[np.ndarray], toys: list[np.ndarray], rng: np.rando
             layers = change_background(toys[rng.integers(len(toys))], photos, rng)
         elif rng.random() < 0.5:
             layers = np.dstack([change_surroundings(layers, photos, rng), layers[..., 3:]])
-        colours, mask = layers[..., :3], spoil(layers[..., rng.choice([3, 3, 5, 4])], layers[..., 4], rng)
+        colours, mask = layers[..., :3], spoil(layers[..., rng.choice([3, 3, 5, 4])], layers[..., 4], rng, as_it_is)
         if rng.random() < 0.2:
             colours, visible = place_behind(layers, photos[rng.integers(len(photos))], rng)
             kind = rng.random()
@@ -313,7 +341,15 @@ def drop_contradicted(net: MaskCorrector, photos: list[np.ndarray]) -> list[np.n
     return [one for one, keep in zip(photos, is_kept) if keep]
 
 
-def fit(net: MaskCorrector, photos: list, toys: list, seconds: float, shares: tuple, rng: np.random.Generator) -> int:
+def fit(
+    net: MaskCorrector,
+    photos: list,
+    toys: list,
+    seconds: float,
+    shares: tuple,
+    rng: np.random.Generator,
+    as_it_is: float = 0.0,
+) -> int:
     """Fit a network for some seconds of CPU time; it ends as the EMA of its weights. Return the number of steps.
 
     The learning rate falls from the first to the second of two shares of its largest value.
@@ -327,7 +363,7 @@ def fit(net: MaskCorrector, photos: list, toys: list, seconds: float, shares: tu
         for group, rate in zip(optimizer.param_groups, RATES):
             group["lr"] = rate * level * min(1, step / 100 + 0.01)
         if len(pool) < 40 * batch or step % 2 == 0:
-            pool = [*pool, *(sample_input(photos, toys, rng) for _ in range(batch))][-4000:]
+            pool = [*pool, *(sample_input(photos, toys, rng, as_it_is) for _ in range(batch))][-4000:]
         layers = np.stack([pool[i] for i in rng.integers(0, len(pool), batch)])
         target, x = torch.from_numpy(layers[..., 4].astype(np.float32) / 255), augment(to_batch(layers))
         with torch.autocast("cpu", torch.bfloat16):
@@ -372,7 +408,8 @@ def main() -> None:
     """Prepare, train, measure and write."""
     parser = mask_parser(__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="masks that an earlier corrector made, like --masks")
-    parser.add_argument("--scores", type=Path, required=True, help="defect scores of these, by `pack/file name`")
+    parser.add_argument("--second", type=Path, help="masks of another network, like --masks")
+    parser.add_argument("--scores", type=Path, help="defect scores of these, by `pack/file name`")
     parser.add_argument("--network", type=Path, required=True, help="safetensors of ImageNet's MobileNetV2")
     parser.add_argument("--leave_out", type=Path, help="JSON with `keys` of photos that are not trained on")
     parser.add_argument("--start", type=Path, help="weights of the first half, which is not fitted again")
@@ -393,8 +430,8 @@ def main() -> None:
         start_stages(net.stages, arguments.network)
         n_steps = fit(net, chosen, toys, arguments.seconds[0], (1, 0.55), rng)
         save_weights(net, arguments.out / "half", {"kind": "mask corrector", "widths": list(net.widths)})
-    kept = drop_contradicted(net, chosen)
-    n_steps += fit(net, kept, toys, arguments.seconds[1], (0.55, 0.005), rng)
+    kept = chosen if arguments.second else drop_contradicted(net, chosen)
+    n_steps += fit(net, kept, toys, arguments.seconds[1], (0.55, 0.005), rng, 0.5 if arguments.second else 0.0)
     counts = {"n_photos": len(kept), "n_dropped": len(chosen) - len(kept), "n_held": len(held), "n_steps": n_steps}
     report = {**counts, **measure(net, held, rng)}
     config = {"kind": "mask corrector", "widths": list(net.widths), "report": report}

@@ -3,8 +3,12 @@
     python studies/training_recipe.py compare --data COMMON.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors
     python studies/training_recipe.py search --data COMMON.zip --heldout HELDOUT.zip \\
         --backbone MOBILENET.safetensors --seeds 0
+    python studies/training_recipe.py heads --data COMMON.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors \\
+        --feature_path SQUEEZENET.safetensors --aspect 1.4 --masks MASKS --steps 400
     python studies/training_recipe.py time --data COMMON.zip
 
+`heads` takes the recipe of the photo pairs, whose discriminators are the SN-GAN's own and heads on SqueezeNet's
+features, on aligned cars, and changes one thing at a time.
 All runs have the same networks, batch size, generator steps and engine; what differs is in `RECIPES` and `CHANGES`.
 Each is measured as its recipe would draw: the 2022 recipe has no average and normalises by the batch, ours draws with
 the average and standing statistics. At the end the generator is measured without its average too, and at further
@@ -28,7 +32,9 @@ from tqdm import tqdm
 
 from carproto.config import CarprotoError, TrainConfig
 from carproto.core import pick_device
+from carproto.data.align import AlignConfig
 from carproto.data.dataset import CarImages
+from carproto.data.masks import Aligner
 from carproto.eval.features import feature_extractor
 from carproto.eval.metrics import Evaluator
 from carproto.gan.sngan import Generator, measure_statistics
@@ -66,6 +72,26 @@ CHANGES = {
     "two D steps, beta2 0.99": {"d_steps": 2, "beta2": 0.99},
     "LeCam 1": {"lecam_weight": 1.0},
     "batch halved": {"batch": 0.5},
+}
+PHOTO = {
+    "lr_g": 2e-4,
+    "lr_d": 1e-3,
+    "lr_f": 4e-4,
+    "beta2": 0.99,
+    "augment": "translation,cutout",
+    "lecam_weight": 0.0,
+    "feature_net": "squeezenet1_1",
+}
+HEADS = {
+    "photo pair": PHOTO,
+    "without heads": PHOTO | {"feature_net": None},
+    "heads weigh half": PHOTO | {"feature_weight": 0.5},
+    "heads see 64 px": PHOTO | {"feature_size": 64},
+    "without DiffAugment": PHOTO | {"augment": None},
+    "all of DiffAugment": PHOTO | {"augment": ALL},
+    "with LeCam": PHOTO | {"lecam_weight": 0.3},
+    "lr doubled": PHOTO | {"lr_g": 4e-4, "lr_d": 2e-3, "lr_f": 8e-4},
+    "batch halved": PHOTO | {"batch": 0.5},
 }
 SEARCH = {name: SEARCHED | change for name, change in CHANGES.items()}
 HALF_LIVES = (1_000, 3_000, 30_000)  # of further averages, images; each run is measured at its own as well
@@ -152,7 +178,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "name", choices=("compare", "search", "time"), help="the recipes, other settings of ours, or seconds only"
+        "name",
+        choices=("compare", "search", "heads", "time"),
+        help="the recipes, other settings of ours, those of the photo pairs, or seconds only",
     )
     for option, what in {
         "data": "zip or folder of photos",
@@ -160,6 +188,9 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         "backbone": "MobileNetV2 file",
     }.items():
         parser.add_argument(f"--{option}", required=option == "data", default="", help=what)
+    parser.add_argument("--feature_path", type=Path, help="SqueezeNet 1.1 file, for heads; default: torchvision's")
+    parser.add_argument("--aspect", type=float, help="align the photos, which were squashed from this width by height")
+    parser.add_argument("--masks", type=Path, help="folder with a folder of masks for each set; default: beside it")
     parser.add_argument("--steps", type=int, default=600, help="generator steps of a run")
     parser.add_argument("--n_measured", type=int, default=3, help="how often a run is measured, evenly spread")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -187,6 +218,14 @@ def read_config(arguments: argparse.Namespace) -> TrainConfig:
     )
 
 
+def open_photos(path: str, arguments: argparse.Namespace) -> torch.Tensor:
+    """Open photos, aligned where an aspect is given."""
+    if arguments.aspect is None:
+        return CarImages(path, arguments.size).images
+    masks = arguments.masks / Path(path).stem if arguments.masks else None
+    return CarImages(path, arguments.size, align=Aligner(AlignConfig(aspect=arguments.aspect), masks=masks)).images
+
+
 def time_recipes(arguments: argparse.Namespace, n_rounds: int = 8, n_steps: int = 5) -> None:
     """Let recipes take turns of a few steps each, LeCam acting, and write the mean seconds of a step in each round."""
     images = CarImages(arguments.data, arguments.size).images[:2000]
@@ -208,7 +247,7 @@ def time_recipes(arguments: argparse.Namespace, n_rounds: int = 8, n_steps: int 
 
 def run_study(arguments: argparse.Namespace) -> Study:
     """Do the runs that are missing."""
-    recipes = RECIPES if arguments.name == "compare" else SEARCH
+    recipes = {"compare": RECIPES, "search": SEARCH, "heads": HEADS}[arguments.name]
     if not (arguments.heldout and arguments.backbone):
         raise CarprotoError("runs are measured: give --heldout and --backbone")
     unknown = set(arguments.recipes or ()) - set(recipes)
@@ -217,7 +256,7 @@ def run_study(arguments: argparse.Namespace) -> Study:
     config = read_config(arguments)
     n_places = min(arguments.n_measured, arguments.steps)
     points = [round(arguments.steps * (i + 1) / n_places) for i in range(n_places)]
-    images, heldout = (CarImages(path, arguments.size).images for path in (arguments.data, arguments.heldout))
+    images, heldout = (open_photos(path, arguments) for path in (arguments.data, arguments.heldout))
     evaluator = Evaluator(
         heldout, feature_extractor(arguments.backbone, size=96), train=images, n_fake=arguments.n_fake
     )
@@ -240,7 +279,8 @@ def run_study(arguments: argparse.Namespace) -> Study:
     with tqdm(total=len(runs) * arguments.steps, unit="step", dynamic_ncols=True) as bar:
         for i, run in enumerate(runs):
             bar.set_description(f"{run['recipe']}, run {i + 1} of {len(runs)}")
-            trainer, by_batch = start_run(recipes[run["recipe"]], replace(config, seed=run["seed"]), images)
+            recipe, seeded_config = recipes[run["recipe"]], replace(config, seed=run["seed"])
+            trainer, by_batch = start_run(recipe, seeded_config, images, feature_path=arguments.feature_path)
             fused = sorted(name for name, is_fused in trainer.fused_layers.items() if is_fused)
             study.add(
                 {
