@@ -78,8 +78,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "d62e168c07380a3036f19dfe8e9e6cfe47894f4d2c8e84751fc6e7519d1d6126",
     },
     "mask_corrector": {
-        "config.json": "83d830194247fbda7ed2839ffd0436b1ad89dcc6acd88a4228ccfd9610153d5d",
-        "model.safetensors": "bd329cc78802dac4acde345c4c0e353ce5ee1c855205750672a538b70b3a7a01",
+        "config.json": "7418bcd3b084e892b16225f6b27cb8c3d622548982c43c82afc1b5033feb2a97",
+        "model.safetensors": "9d070474a5212d07c8f83a3d98859124bfdeac1eff689269c86aa2832972db96",
     },
     "photo128/common": {
         "config.json": "1d56a5bd04800bb9a5f3cb87114a153f2c53434ec96e65c3d2da49ab2b3e2cef",
@@ -136,6 +136,14 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
     "photo64/probe": {
         "config.json": "a163c33d323511ba96e2ba3b368813313bc2f318a8ed4740e846ac0f7e6c7938",
         "model.safetensors": "7434ac065e9591f1180455495094d269e5a35d78105e306e4f7e54c70a88b794",
+    },
+    "photo64/whole_cars/common": {
+        "config.json": "8d87621224eaca8c7a7100bac5d6460c00f3c76aa1635b1ea5ec60d2d15f1764",
+        "model.safetensors": "bb5a1fb90495abfef51472a8bef3e36b63fd3734491bf5e8f04279913b7e0971",
+    },
+    "photo64/whole_cars/futuristic": {
+        "config.json": "33e87f21dd0a44b52b7c947303bbb223838023f679eb566c4892f87018ef8259",
+        "model.safetensors": "2f5ffc59c13c89d434c6d9650cde4413a7d9729d386c8307838ca321c96c19d5",
     },
     "toy32/common": {
         "config.json": "6cba53dd034a95a7798771a73b11fee38636453d408b7f3c74398409f18e7c90",
