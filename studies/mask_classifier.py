@@ -9,9 +9,6 @@ one of an earlier method. It needs the corrected masks of the packs' photos, as 
 holds a folder of a pack's name for each pack, as studies/alignment.py takes them, and `--before` the masks of an
 earlier corrector. Photos and masks are not part of the repository.
 
-`--soft` holds probabilities of a defect by `pack/file name`, from studies/mask_agreement.py. They are labels of the
-photos that have none, and count half.
-
 The network starts from the encoder of the mask corrector. First it separates photos from copies of them whose mask
 lacks a part, or has one too many, photos from those into which a second car was pasted, toy cars from spoiled ones, and
 the cut-outs of today from those of the earlier corrector, where the two differ; `--start` skips this step and takes
@@ -55,7 +52,6 @@ from carproto.weights import find_weights, save_weights
 
 PACKS = ("common_cars_train", "concept_cars_train", "common_cars_heldout", "concept_cars_heldout")
 TARGETS = {"clean": 0.05, "spoiled": 0.97}  # of the first step: some photos' own masks have a defect
-CERTAIN = (0, 0.5, 1)  # labels of current cut-outs
 N_TRIES = 8
 DROPOUT = 0.3
 
@@ -330,7 +326,7 @@ def fit_labels(
     n, n_mixed = 24, 8
     targets = torch.tensor(y, dtype=torch.float32).clamp(0.03, 0.97)
     mixed = torch.tensor([0.04] * n_mixed + [TARGETS["spoiled"]] * n_mixed)
-    certain = torch.tensor([1.0 if value in CERTAIN else 0.5 for value in y])  # less for earlier and soft labels
+    certain = torch.tensor([0.5 if value == 0.12 else 1.0 for value in y])  # less for labels of earlier cut-outs
 
     def make(chosen: np.ndarray) -> tuple:
         others = rng.integers(0, len(clean), n_mixed)
@@ -372,7 +368,6 @@ def main() -> None:
     """Prepare, train, measure and write."""
     parser = mask_parser(__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="masks that an earlier corrector made, like --masks")
-    parser.add_argument("--soft", type=Path, help="probabilities of a defect, from studies/mask_agreement.py")
     parser.add_argument("--start", help="weights to start from, a folder or a release; none: spoiled masks come first")
     parser.add_argument("--n_photos", type=int, default=2000, help="photos that are spoiled")
     parser.add_argument("--n_pasted", type=int, default=600, help="photos into which a second car is pasted")
@@ -388,8 +383,6 @@ def main() -> None:
     earlier = sorted(name for name, label in labels.items() if label == 0.12)
     for i in rng.permutation(len(earlier))[arguments.n_earlier :]:
         del labels[earlier[i]]
-    soft = load_json(arguments.soft) if arguments.soft else {}
-    labels |= {name: value for name, value in soft.items() if name not in labels and value not in CERTAIN}
     labelled = describe_photos(arguments.data, arguments.masks, arguments.aspect, set(labels), len(labels))
     good = [layers for name, layers in labelled.items() if labels[name] in (0, 0.12)]
     photos = [good[i] for i in rng.permutation(len(good))[: arguments.n_photos]]
@@ -406,13 +399,12 @@ def main() -> None:
     pairs = tuple(np.concatenate(several) for several in zip(*sources.values()))
     net = load_mask_classifier(arguments.start) if arguments.start else pretrain(*pairs, epochs, seed)
     is_held = np.zeros(len(x), bool)
-    is_held[np.flatnonzero(np.isin(y, CERTAIN))[::4]] = True
-    is_known = bool(arguments.start) and not soft  # it may have seen the labels held out
-    part = net if is_known else fit_labels(net, x[~is_held], y[~is_held], pairs, epochs_labels, 2e-4, seed)
+    is_held[np.flatnonzero(y != 0.12)[::4]] = True  # 0.12 is a label of an earlier cut-out
+    part = net if arguments.start else fit_labels(net, x[~is_held], y[~is_held], pairs, epochs_labels, 2e-4, seed)
     counts = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum())}
     report = {**counts, **{f"n_{kind}": len(one) for kind, (one, _) in sources.items()}}
     held = [name for name, is_one in zip(labelled, is_held) if is_one]
-    if is_known:  # its accuracy stays that of the fit before
+    if arguments.start:  # it saw the labels held out, so its accuracy stays that of the fit before
         report["held_out"] = load_json(find_weights(arguments.start) / "config.json")["report"]["held_out"]
     else:
         report["held_out"] = measure_groups(score_all(part, x[is_held]), y[is_held], held)

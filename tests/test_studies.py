@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from carproto.config import CarprotoError, JointConfig, TrainConfig
@@ -33,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "studies"))
 import _record as study_record  # noqa: E402
 import freezed as study_freezed  # noqa: E402
-import mask_agreement as study_agreement  # noqa: E402
 import parity as study_parity  # noqa: E402
 import photo_blends as study_blends  # noqa: E402
 import photo_pair as study_pair  # noqa: E402
@@ -388,17 +385,6 @@ def test_mistake_ends_a_study_in_one_line():
     with pytest.raises(SystemExit, match="^test_studies: stopped after 3$"):
         study_record.run_or_exit(stop, stopped="stopped after 3")
     assert study_record.run_or_exit(lambda a, b: a - b, 5, b=3) == 2
-
-
-def test_masks_that_agree_differ_by_nothing():
-    """Equal masks differ by 0 in every measure; a part that only one has raises those that see it."""
-    values = np.zeros((60, 80), np.uint8)
-    values[20:50, 10:70] = 255
-    mask, less = Image.fromarray(values), Image.fromarray(np.where(np.arange(80) < 20, 0, values).astype(np.uint8))
-    assert study_agreement.compare_masks(mask, mask, mask) == [0.0] * 10
-    differs = study_agreement.compare_masks(mask, less, mask)
-    assert abs(differs[0] - 1 / 6) < 1e-6 and differs[1] == 0 and abs(differs[2] - 1 / 6) < 1e-6
-    assert differs[3:7] == [0] * 4
 
 
 def test_whole_cars_sheets_and_targets(tmp_path):
