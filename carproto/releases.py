@@ -74,8 +74,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "07103cf781b8bcb15ea5099783703df7f6bb437b3bdfdabe6f4df8c210bb1af2",
     },
     "mask_classifier": {
-        "config.json": "abc51023d18cf8df7ef6f3162629a83fc2a77f4f490a1493d2cd19838283df39",
-        "model.safetensors": "d62e168c07380a3036f19dfe8e9e6cfe47894f4d2c8e84751fc6e7519d1d6126",
+        "config.json": "09bb4e067e71f5410d24eae6c4c179abb6c40d4531364934573bcd014fd72c33",
+        "model.safetensors": "b3e5a6ed7c47a4c0e3aa5d2102e15ef497ee3b55c916ea0d4bc44261192b0e13",
     },
     "mask_corrector": {
         "config.json": "7418bcd3b084e892b16225f6b27cb8c3d622548982c43c82afc1b5033feb2a97",

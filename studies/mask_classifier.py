@@ -13,7 +13,8 @@ The network starts from the encoder of the mask corrector. First it separates ph
 lacks a part, or has one too many, photos from those into which a second car was pasted, toy cars from spoiled ones, and
 the cut-outs of today from those of the earlier corrector, where the two differ; `--start` skips this step and takes
 weights that were fitted before. Then it is fitted to the labels, mixed with these pairs. The area under the ROC curve
-is measured on every fourth label of current cut-outs, before these are fitted too for one more epoch.
+is measured on every fourth label of current cut-outs, before these are fitted too: for one more epoch, or with
+`--start` from those weights anew.
 """
 
 import time
@@ -48,7 +49,7 @@ from carproto.images import open_picture
 from carproto.run import describe_environment
 from carproto.toycars.paint import render_car
 from carproto.toycars.shape import COMMON, FUTURISTIC, sample_factors
-from carproto.weights import find_weights, save_weights
+from carproto.weights import save_weights
 
 PACKS = ("common_cars_train", "concept_cars_train", "common_cars_heldout", "concept_cars_heldout")
 TARGETS = {"clean": 0.05, "spoiled": 0.97}  # of the first step: some photos' own masks have a defect
@@ -392,25 +393,26 @@ def main() -> None:
         "spoiled": make_pairs(photos, rng),
         "toys": make_pairs(render_toys(arguments.n_toys, rng), rng),
         "pasted": paste_pairs(photos, arguments.n_pasted, rng),
-        "changed": describe_changed(
-            arguments.data, arguments.masks, arguments.before, arguments.aspect, arguments.n_changed, set(labels)
-        ),
     }
+    if arguments.n_changed:
+        folders, n_changed = (arguments.data, arguments.masks, arguments.before), arguments.n_changed
+        sources["changed"] = describe_changed(*folders, arguments.aspect, n_changed, set(labels))
     pairs = tuple(np.concatenate(several) for several in zip(*sources.values()))
     net = load_mask_classifier(arguments.start) if arguments.start else pretrain(*pairs, epochs, seed)
     is_held = np.zeros(len(x), bool)
     is_held[np.flatnonzero(y != 0.12)[::4]] = True  # 0.12 is a label of an earlier cut-out
-    part = net if arguments.start else fit_labels(net, x[~is_held], y[~is_held], pairs, epochs_labels, 2e-4, seed)
+    part = fit_labels(net, x[~is_held], y[~is_held], pairs, epochs_labels, 2e-4, seed)
     counts = {"n_labels": len(x), "n_bad": int((y == 1).sum()), "n_unsure": int((y == 0.5).sum())}
     report = {**counts, **{f"n_{kind}": len(one) for kind, (one, _) in sources.items()}}
     held = [name for name, is_one in zip(labelled, is_held) if is_one]
-    if arguments.start:  # it saw the labels held out, so its accuracy stays that of the fit before
-        report["held_out"] = load_json(find_weights(arguments.start) / "config.json")["report"]["held_out"]
-    else:
-        report["held_out"] = measure_groups(score_all(part, x[is_held]), y[is_held], held)
-        print(report, flush=True)
+    report["held_out"] = measure_groups(score_all(part, x[is_held]), y[is_held], held)
+    print(report, flush=True)
     toys = sources["toys"][0]  # good ones outweigh spoiled ones, some of which nobody could tell from them
-    final = fit_labels(part, np.concatenate([x, toys]), np.append(y, np.zeros(len(toys))), pairs, 1, 1.5e-4, seed + 1)
+    x, y = np.concatenate([x, toys]), np.append(y, np.zeros(len(toys)))
+    if arguments.start:
+        final = fit_labels(net, x, y, pairs, epochs_labels, 2e-4, seed + 1)
+    else:
+        final = fit_labels(part, x, y, pairs, 1, 1.5e-4, seed + 1)
     config = {"kind": "mask classifier", "report": report}
     save_weights(final, arguments.out, config, precision="fp16")
     print(describe_command(), describe_environment()["commit"], report, f"{time.monotonic() - start:.0f} s")

@@ -27,7 +27,7 @@ from ..latent.invert import ERROR_P99, Inversion, find_outliers, invert
 
 # %% ../../nbs/8_app/00_photos.ipynb #4e8d268d
 Photo = str | Path | bytes  # a file, or its content
-UPLOAD_DEFECT_SCORE = 0.6  # cut-outs above it are rejected; training, which can choose, takes a stricter limit
+UPLOAD_DEFECT_SCORE = 0.75  # cut-outs above it are rejected; training, which can choose, takes a stricter limit
 
 
 def name_photos(

@@ -50,7 +50,7 @@ class AlignConfig:
         "mask_classifier"  # its weights, a folder or the name of a release; None applies the limits alone
     )
     # limits for masks, beyond which a photo is rejected
-    max_defect_score: float = 0.125  # of the mask classifier, 0 to 1
+    max_defect_score: float = 0.23  # of the mask classifier, 0 to 1
     min_area: float = 0.03  # of the car, share of the picture
     max_area: float = 0.92  # of the car, share of the picture
     max_blur: float = 0.10  # width of the mask's soft edge, share of the car's size (root of its area)
