@@ -138,11 +138,11 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "7434ac065e9591f1180455495094d269e5a35d78105e306e4f7e54c70a88b794",
     },
     "photo64/whole_cars/common": {
-        "config.json": "8d87621224eaca8c7a7100bac5d6460c00f3c76aa1635b1ea5ec60d2d15f1764",
+        "config.json": "180ca1e887fc3ab3074acdc015b98552095762dd704f85d129dbfd3fcebd9665",
         "model.safetensors": "bb5a1fb90495abfef51472a8bef3e36b63fd3734491bf5e8f04279913b7e0971",
     },
     "photo64/whole_cars/futuristic": {
-        "config.json": "33e87f21dd0a44b52b7c947303bbb223838023f679eb566c4892f87018ef8259",
+        "config.json": "735479e93c87e2c123f4910d4098b009b07b58e95cbfa11d30104495c652d0c7",
         "model.safetensors": "2f5ffc59c13c89d434c6d9650cde4413a7d9729d386c8307838ca321c96c19d5",
     },
     "toy32/common": {
