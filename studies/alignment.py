@@ -130,16 +130,14 @@ def sample_accepted(accepted: dict[str, list[str]], n: int, seen: set[str]) -> l
 
     Concept cars stay in, labelled or not: every one has a label, so that without them none would be looked at.
     """
-    rng, chosen, total = np.random.default_rng(LOOK_SEED), [], sum(map(len, accepted.values()))
+    total = sum(map(len, accepted.values()))
+    shares = {pack: round(n * len(accepted[pack]) / total) for pack in PACKS}
+    shares[PACKS[0]] += n - sum(shares.values())  # what rounding leaves
+    rng, chosen = np.random.default_rng(LOOK_SEED), []
     for pack in PACKS:
         names = sorted(accepted[pack])
         fresh = [name for name in names if pack.startswith("concept") or f"{pack}/{Path(name).name}" not in seen]
-        share = (
-            round(n * len(names) / total)
-            if pack != PACKS[0]
-            else n - sum(round(n * len(accepted[other]) / total) for other in PACKS[1:])
-        )
-        chosen += [(pack, fresh[i]) for i in sorted(rng.permutation(len(fresh))[:share])]
+        chosen += [(pack, fresh[i]) for i in sorted(rng.permutation(len(fresh))[: shares[pack]])]
     return chosen
 
 
