@@ -305,7 +305,7 @@ def load_engines(network: str) -> dict[str, Callable]:
 
 
 def measure_time(network: str, packs: dict, n: int) -> dict:
-    """Time both engines, by turns, and everything else on n photos, on one thread.
+    """Time both engines, by turns, and then everything else on n photos, on one thread; data sets are aligned so too.
 
     A machine is quiet when its load says so; on a busy one CPU time counts."""
     engines = load_engines(network)
@@ -321,15 +321,22 @@ def measure_time(network: str, packs: dict, n: int) -> dict:
             return "align_rejected"
         return "align_accepted"
 
-    for segment in engines.values():
-        segment(open_picture(store.read(store.names[0])))  # the first call takes longer
-    for i, name in enumerate(store.names[:n]):
-        seconds, (data, picture) = time_call(lambda name=name: (data := store.read(name), open_picture(data)))
-        times["read_and_decode"].append(seconds)
+    def read(name: str) -> tuple[bytes, Image.Image]:
+        data = store.read(name)
+        return data, open_picture(data)
+
+    names = store.names[: n + 1]  # of each pass, the first call takes longer and is left out
+    for i, name in enumerate(names):
+        _, picture = read(name)
         for engine in list(engines)[:: 1 if i % 2 else -1]:
             times[engine].append(time_call(engines[engine], picture)[0])
+    for name in names:
+        seconds, (data, picture) = time_call(read, name)
+        times["read_and_decode"].append(seconds)
         seconds, kind = time_call(align, picture, name, data)
+        times["align"].append(seconds)
         times[kind].append(seconds)
+    times = {kind: pairs if kind.startswith("align_") else pairs[1:] for kind, pairs in times.items()}
     described = {kind: describe_times(pairs) for kind, pairs in times.items()}
     cpu = {engine: np.array(times[engine])[:, 1] for engine in engines}
     result = {"n": n, "size": 128, "load_average": [round(load, 1), round(os.getloadavg()[0], 1)]}
