@@ -4,7 +4,7 @@
     python studies/training_recipe.py search --data COMMON.zip --heldout HELDOUT.zip \\
         --backbone MOBILENET.safetensors --seeds 0
     python studies/training_recipe.py heads --data COMMON.zip --heldout HELDOUT.zip --backbone MOBILENET.safetensors \\
-        --feature_path SQUEEZENET.safetensors --aspect 1.4 --masks MASKS --steps 400
+        --feature_path SQUEEZENET.safetensors --aspect 1.4 --masks MASKS --steps 320 --n_measured 2
     python studies/training_recipe.py time --data COMMON.zip
 
 `heads` takes the recipe of the photo pairs, whose discriminators are the SN-GAN's own and heads on SqueezeNet's
@@ -92,6 +92,8 @@ HEADS = {
     "with LeCam": PHOTO | {"lecam_weight": 0.3},
     "lr doubled": PHOTO | {"lr_g": 4e-4, "lr_d": 2e-3, "lr_f": 8e-4},
     "batch halved": PHOTO | {"batch": 0.5},
+    "latents of 64": PHOTO | {"z_dim": 64},
+    "width 24": PHOTO | {"width": 24},
 }
 SEARCH = {name: SEARCHED | change for name, change in CHANGES.items()}
 HALF_LIVES = (1_000, 3_000, 30_000)  # of further averages, images; each run is measured at its own as well
