@@ -37,7 +37,10 @@ def _fuse_norms(layers: nn.Sequential, style: str) -> nn.Sequential:
     for block in [module for module in layers.modules() if isinstance(module, nn.Sequential)]:
         for i, layer in enumerate(block):
             if isinstance(layer, nn.BatchNorm2d):
-                block[i - 1], block[i] = fuse_conv_bn_eval(block[i - 1], layer), nn.Identity()
+                block[i - 1] = fuse_conv_bn_eval(block[i - 1], layer)
+        for i in reversed(range(len(block))):
+            if isinstance(block[i], nn.BatchNorm2d):
+                del block[i]
         for i, layer in enumerate(block):
             if style == "tensorflow" and isinstance(layer, nn.Conv2d) and layer.stride == (2, 2):
                 layer.padding = (0, 0)

@@ -43,7 +43,7 @@ def measure_mask(
     left, top, right, bottom = bounding_box(car)
     width, height = right - left, bottom - top
     near = count_steps(car) <= 5
-    edge = car & (count_steps(~car) <= 1)
+    edge = car & ~ndimage.binary_erosion(car, border_value=1)
     inside = count_steps(~filled) > max(1, round(0.03 * max(width, height)))
     return {
         "area": area / alpha.size,

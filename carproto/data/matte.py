@@ -18,6 +18,8 @@ def main_part(
 ) -> tuple[np.ndarray, np.ndarray]:  # the largest connected part (H, W), and the areas of all parts, the largest first
     "Find the largest connected part of a mask."
     labels, n = ndimage.label(is_car)
+    if n == 1:
+        return is_car, np.array([is_car.sum()])
     areas = np.bincount(labels.ravel(), minlength=2)[1:]
     return labels == 1 + areas.argmax(), np.sort(areas)[::-1] if n else np.zeros(1)
 
