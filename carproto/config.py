@@ -151,9 +151,12 @@ class JointOptions:
     white_weight: float = 0.15  # weight of the distance of the latents' mean and covariance from 0 and 1
     channel_gain_weight: float = 1.0  # weight of the channel gains' mean squared distance from 1
     fixed_generator: bool = False  # train the encoder alone; generator and discriminators stay as they are
+    recolour: bool = False  # whether the encoder sees some photos with swapped colours or another brightness
+    decay_share: float = 0.0  # share of the steps, at the end, in which lr_e falls linearly to zero, 0 to 1
 
     def __post_init__(self):
         _check(self, "encoder_width photo_batch", 1)
+        _check(self, "decay_share", 0, 1.01)
         _check(self, "lr_e lr_linear", above=True)
         _check(self, "pixel_weight perceptual_weight adversarial_weight white_weight channel_gain_weight")
         if self.encoder_width % 8:

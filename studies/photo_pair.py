@@ -3,18 +3,19 @@
     python studies/photo_pair.py parent --data COMMON.zip --heldout HELDOUT.zip --run runs/parent64 OPTIONS
     python studies/photo_pair.py joint --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64 \\
         --source runs/parent64 OPTIONS
-    python studies/photo_pair.py encoder --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64_encoder \\
-        --source runs/photo64 OPTIONS
     python studies/photo_pair.py child --data CONCEPTS.zip --heldout CONCEPTS_HELDOUT.zip --run runs/photo64_child \\
         --source runs/photo64 OPTIONS
+    python studies/photo_pair.py encoder --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64_encoder \\
+        --source runs/photo64 --child runs/photo64_child --concepts CONCEPTS.zip OPTIONS
     python studies/photo_pair.py release --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64_encoder OPTIONS \\
         --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip
     python tools/release.py photo64 --common runs/photo64 --futuristic runs/photo64_child \\
         --encoder runs/photo64_encoder --probe runs/photo64_encoder/probe
 
 OPTIONS: --masks FOLDER --aspect 1.4 --extractor MOBILENET.safetensors --feature_path SQUEEZENET.safetensors. The parent
-is an SN-GAN with heads on SqueezeNet's frozen features; then generator and encoder are tuned jointly, and the encoder
-alone goes on; the child is fine-tuned with FreezeD. MobileNetV2 at 96 px measures. One seed, since the runs are long.
+is an SN-GAN with heads on SqueezeNet's frozen features; then generator and encoder are tuned jointly; the child is
+fine-tuned with FreezeD; the encoder alone goes on, with both generators. MobileNetV2 at 96 px measures. One seed, since
+the runs are long.
 Where a source's folder is lost, `--source data/milestones/photo128` goes on from the committed weights, with Adam's
 moments at zero. A joint run with `--size 128` whose source has 64 px grows the source's networks first, and all later
 stages take `--size 128`."""
@@ -41,9 +42,9 @@ from carproto.files import load_json  # noqa: E402
 from carproto.gan.finetune import finetune_freezed  # noqa: E402
 from carproto.gan.grow import grow_config, grow_parent  # noqa: E402
 from carproto.gan.sngan import load_generator  # noqa: E402
-from carproto.gan.train import train_gan  # noqa: E402
+from carproto.gan.train import find_generator, train_gan  # noqa: E402
 from carproto.latent.encoder import evaluate_encoder, load_encoder, save_encoder  # noqa: E402
-from carproto.latent.joint import tune_jointly  # noqa: E402
+from carproto.latent.joint import ChildCars, tune_jointly  # noqa: E402
 from carproto.run import RunFolder, load_checkpoint  # noqa: E402
 
 CONFIG = TrainConfig(
@@ -62,7 +63,16 @@ CONFIG = TrainConfig(
     report_every=1000,
 )
 JOINT = JointConfig(**{**asdict(CONFIG), "report_every": 500})
-ENCODER_ALONE = {"fixed_generator": True, "lr_e": 4e-4, "perceptual_weight": 40.0, "channel_gain_weight": 0.02}
+ENCODER_ALONE = {
+    "fixed_generator": True,
+    "steps": 5000,
+    "lr_e": 2e-4,
+    "decay_share": 0.5,
+    "pixel_weight": 50.0,
+    "perceptual_weight": 60.0,
+    "channel_gain_weight": 0.02,
+    "recolour": True,
+}
 CHILD = FinetuneConfig(n_frozen=2, steps=1000, augment="color,translation,cutout", lecam_weight=0.0, report_every=250)
 
 GROW_STEPS = 800  # of fitting new layers; those of photo128's discriminator had 300
@@ -91,7 +101,8 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--run", type=Path, default=Path("runs/photo64"), help="the run's folder; one that is there goes on"
     )
     parser.add_argument("--source", type=Path, help="run or milestone that a new run starts from; a parent needs none")
-    parser.add_argument("--concepts", type=Path, help="futuristic cars, for the futurism probe of a release")
+    parser.add_argument("--child", type=Path, help="run or folder of the child that an encoder inverts too")
+    parser.add_argument("--concepts", type=Path, help="futuristic cars, for the encoder, and the probe of a release")
     parser.add_argument("--concepts_heldout", type=Path, help="held-out ones")
     parser.add_argument("--max_minutes", type=float, help="stop cleanly after so long; default: never")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
@@ -102,6 +113,15 @@ def open_aligned(path: Path, arguments: argparse.Namespace, size: int) -> CarIma
     """Open a set as aligned cars of a size."""
     masks = arguments.masks / path.stem if arguments.masks else None
     return CarImages(path, size, align=Aligner(AlignConfig(aspect=arguments.aspect), masks=masks))
+
+
+def open_child(arguments: argparse.Namespace) -> ChildCars:
+    """Open the child of a run, or from a folder of weights, and the photos that it learned from."""
+    if arguments.concepts is None:
+        raise CarprotoError("an encoder inverts a child's cars with their photos: name --concepts")
+    folder = arguments.child if (arguments.child / "model.safetensors").is_file() else find_generator(arguments.child)
+    concepts = open_aligned(arguments.concepts, arguments, arguments.size).images
+    return ChildCars(concepts, load_generator(folder, "cpu"))
 
 
 def load_source(source: Path | None, stage: str) -> dict | None:
@@ -160,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         config, source, run = config_at(arguments.size, arguments.stage), None, RunFolder(arguments.run)
         if config.fixed_generator:
             options["evaluate"] = None  # its samples stay the same
+        if config.fixed_generator and arguments.child:
+            options["child"] = open_child(arguments)
         if load_checkpoint(run.checkpoints) is not None:
             config = replace(config, grow_steps=run.config().get("grow_steps", 0))
         else:
