@@ -94,24 +94,24 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "6e49f5e10fcc412dd371c484c1961851b295fd1f29974d350a3e594f6b105f64",
     },
     "photo128/encoder": {
-        "config.json": "5192546aad37fe4e483c5b51f315a492ff4d79918784fd97a7219f4166d43049",
-        "model.safetensors": "ea2a75583b63cb7fe06f03255918677f4f94d3a4dcad3f08fbe39344df480f1f",
+        "config.json": "c4c711374befaa7fa9948a5670715a42eaea06ce845172577532799a11d31aba",
+        "model.safetensors": "e429132264c5432f8958b147a43cf9b62f9c12443f29d3e728a925d6cd11fe49",
     },
     "photo128/futuristic": {
         "config.json": "c2eadefd20654b6db9e70af91abd0ec4559437bf42cc903731088d144f91b4de",
         "model.safetensors": "5a11b91ea523eeb3df88b0f7eb25040a6994096790966f8c2cae039765db7824",
     },
     "photo128/probe": {
-        "config.json": "66521e8761183d2515fad3cad6c873d49994081cfb913d6a9bc248e835fb2d9f",
-        "model.safetensors": "40a933d7556140fadbf4198a9eaac8ea234c226e1106b5d2cfda5664a08d12bd",
+        "config.json": "6c0bc062fd4e5bc15685175dbf9e84f3d1a119ad6f202e95c81f5e9a27dc21af",
+        "model.safetensors": "fc4f9a243638b747a676f7df1cd67efc6238a93032e3ec2307e2d5c6707b9e4a",
     },
     "photo128/whole_cars/common": {
-        "config.json": "3f27492eda3a9fb38a7eb47685703883703f54701d97b51b839097096ac91f78",
-        "model.safetensors": "0f933010c0150ee7912b598a25e8965d3d05b97072f2cf93d5392a7cae932ebc",
+        "config.json": "e1424c2392dd14cede8a15a93e26b1b1d73ffd8d3b39826ff840bd7cfd798105",
+        "model.safetensors": "192aeddb237cd5f633e634bc5c7f350804576e90cea9a4ba5dac92e9cfb34e33",
     },
     "photo128/whole_cars/futuristic": {
-        "config.json": "955e4206c811b165a75c797905dd30874e03d2f30f76417bb2c0d773850e6a0e",
-        "model.safetensors": "c2994b7aa3015c37fab10f7f4911d47c6b9d5292ee1d1f9ed9f3e097a4faf6ac",
+        "config.json": "257aba25a889272433ff76998d2a8a0b241f7753b828a644769c3d808f38afc9",
+        "model.safetensors": "41cff72bdd266f7199e468c161154eb64392026ef4fd05e8ea789c9f75db7c14",
     },
     "photo64/common": {
         "config.json": "6b3fd80e748f0d98d83cb795ce8d146f74cbae622126a1d4bf54769a8c14a9f0",
