@@ -6,7 +6,7 @@
     python studies/photo_pair.py child --data CONCEPTS.zip --heldout CONCEPTS_HELDOUT.zip --run runs/photo64_child \\
         --source runs/photo64 OPTIONS
     python studies/photo_pair.py encoder --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64_encoder \\
-        --source runs/photo64 --child runs/photo64_child --concepts CONCEPTS.zip OPTIONS
+        --source runs/photo64 --child runs/photo64_child --concepts CONCEPTS.zip --steps 5000 OPTIONS
     python studies/photo_pair.py release --data COMMON.zip --heldout HELDOUT.zip --run runs/photo64_encoder OPTIONS \\
         --concepts CONCEPTS.zip --concepts_heldout CONCEPTS_HELDOUT.zip
     python tools/release.py photo64 --common runs/photo64 --futuristic runs/photo64_child \\
@@ -65,7 +65,6 @@ CONFIG = TrainConfig(
 JOINT = JointConfig(**{**asdict(CONFIG), "report_every": 500})
 ENCODER_ALONE = {
     "fixed_generator": True,
-    "steps": 5000,
     "lr_e": 2e-4,
     "decay_share": 0.5,
     "pixel_weight": 50.0,
@@ -101,6 +100,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--run", type=Path, default=Path("runs/photo64"), help="the run's folder; one that is there goes on"
     )
     parser.add_argument("--source", type=Path, help="run or milestone that a new run starts from; a parent needs none")
+    parser.add_argument("--steps", type=int, help="of a joint run, or of an encoder alone; default: 60,000")
     parser.add_argument("--child", type=Path, help="run or folder of the child that an encoder inverts too")
     parser.add_argument("--concepts", type=Path, help="futuristic cars, for the encoder, and the probe of a release")
     parser.add_argument("--concepts_heldout", type=Path, help="held-out ones")
@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> None:
         result = finetune_freezed(arguments.source, cars.images, arguments.run, **CHILD.changes(), **options)
     elif arguments.stage in ("joint", "encoder"):
         config, source, run = config_at(arguments.size, arguments.stage), None, RunFolder(arguments.run)
+        config = replace(config, steps=arguments.steps or config.steps)
         if config.fixed_generator:
             options["evaluate"] = None  # its samples stay the same
         if config.fixed_generator and arguments.child:
