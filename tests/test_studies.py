@@ -354,7 +354,11 @@ def test_photo_pair_grows_a_run_of_64_px_and_goes_on_with_its_options(tmp_path, 
     write_milestone(tmp_path / "128", tmp_path / "milestone")
     study_pair.main([*inputs, "--source", str(tmp_path / "milestone"), "--run", str(tmp_path / "again")])
     assert RunFolder(tmp_path / "again").config()["grow_steps"] == 0  # all layers have been trained at 128 px
-    study_pair.main(["encoder", *inputs[1:], "--source", str(tmp_path / "again"), "--run", str(tmp_path / "encoder")])
+    encoder = ["encoder", *inputs[1:], "--source", str(tmp_path / "again"), "--run", str(tmp_path / "encoder")]
+    with pytest.raises(CarprotoError, match="name --concepts"):
+        study_pair.main([*encoder, "--child", str(tmp_path / "128")])
+    study_pair.main([*encoder, "--child", str(tmp_path / "128"), "--concepts", "c.zip"])
+    assert json.loads((tmp_path / "encoder/data.json").read_text())["child"]["n_images"] == 16
     names = [tmp_path / run / "final" for run in ("again", "encoder")]
     generators = [load_generator(name, "cpu") for name in names]
     encoders = [load_encoder(name / "encoder", device="cpu") for name in names]
