@@ -5,7 +5,7 @@
 
 A pair is a held-out common photo and a held-out concept photo, both refined; the small set is used more than once.
 Futurism is measured twice: by the pair's own probe, which calibrates, and by one on MobileNetV2's features, which does
-not.
+not. The latter is fitted to grey copies of photos: concept cars are painted more brightly than cars for sale.
 
 A frame's realism is its distance to the nearest training photo, of either kind, in MobileNetV2's features at 96 px. The
 limit is the distance that 5 % of held-out photos exceed. It is taken for each kind: concept cars differ more from each
@@ -22,6 +22,7 @@ from dataclasses import fields, replace
 import torch
 from _record import run_or_exit, save_and_print
 from photo_quality import SETS, make_parser, open_sets, with_steps
+from torchvision.transforms.functional import rgb_to_grayscale
 
 from carproto.app.photos import PhotoInversion
 from carproto.app.pipeline import CarPipeline
@@ -155,14 +156,16 @@ def measure_by_other_features(
     along = extract_features(torch.cat(frames), extractor, show_bar=True)
     train, unseen = torch.cat([features[name] for name in SETS[::2]]), [features[name] for name in SETS[1::2]]
     rows = [[int(getattr(recipe, name)) for recipe in recipes] for name in ("car_a", "car_b")]
-    probe = fit_futurism_probe(features["data"], features["concepts"], extractor=extractor.name)
-    low, high = (probe.logit(features[name]) for name in ("heldout", "concepts_heldout"))
-    scores = ((probe.logit(along) - low.mean()) / (high.mean() - low.mean())).view(len(frames), -1)
+    grey = {name: extract_features(rgb_to_grayscale(x, 3), extractor, show_bar=True) for name, x in sets.items()}
+    grey_along = extract_features(rgb_to_grayscale(torch.cat(frames), 3), extractor, show_bar=True)
+    probe = fit_futurism_probe(grey["data"], grey["concepts"], extractor=extractor.name)
+    low, high = (probe.logit(grey[name]) for name in ("heldout", "concepts_heldout"))
+    scores = ((probe.logit(grey_along) - low.mean()) / (high.mean() - low.mean())).view(len(frames), -1)
     spearman = torch.tensor([rank_correlation(POSITIONS, row) for row in scores])
     return {
         **measure_realism(along, rows, train, unseen),
         "other_probe": {
-            "extractor": extractor.name,
+            "extractor": f"{extractor.name}, grey copies",
             "heldout_auc": (high[:, None] > low).float().mean().item(),
             "share_spearman_0.95": (spearman >= 0.95).float().mean().item(),
             "share_spearman_0.8": (spearman >= 0.8).float().mean().item(),
