@@ -142,6 +142,7 @@ class JointOptions:
     "Options that joint tuning has beside those of training."
 
     encoder_width: int = 32  # channels of the encoder's first stage, a multiple of 8
+    encoder_side: int | None = None  # side that the encoder resizes images to; None: as they are, up to 128 px
     lr_e: float = 2e-4  # Adam's learning rate of the encoder
     lr_linear: float = 1e-3  # Adam's learning rate of the generator's first layer, which places latents anew
     photo_batch: int = 16  # photos that are reconstructed in a step
@@ -156,6 +157,7 @@ class JointOptions:
 
     def __post_init__(self):
         _check(self, "encoder_width photo_batch", 1)
+        _check(self, "encoder_side", 16, 257)
         _check(self, "decay_share", 0, 1.01)
         _check(self, "lr_e lr_linear", above=True)
         _check(self, "pixel_weight perceptual_weight adversarial_weight white_weight channel_gain_weight")

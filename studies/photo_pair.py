@@ -36,14 +36,20 @@ from carproto.data.align import AlignConfig, describe_frame  # noqa: E402
 from carproto.data.dataset import CarImages  # noqa: E402
 from carproto.data.masks import Aligner  # noqa: E402
 from carproto.eval.features import mobilenet_extractor  # noqa: E402
-from carproto.eval.futurism import ENCODER, encoder_features, fit_futurism_probe  # noqa: E402
+from carproto.eval.futurism import (  # noqa: E402
+    ENCODER,
+    GREY_ENCODER,
+    FuturismProbe,
+    encoder_features,
+    fit_futurism_probe,
+)
 from carproto.eval.metrics import Evaluator  # noqa: E402
 from carproto.files import load_json  # noqa: E402
 from carproto.gan.finetune import finetune_freezed  # noqa: E402
 from carproto.gan.grow import grow_config, grow_parent  # noqa: E402
 from carproto.gan.sngan import load_generator  # noqa: E402
 from carproto.gan.train import find_generator, train_gan  # noqa: E402
-from carproto.latent.encoder import evaluate_encoder, load_encoder, save_encoder  # noqa: E402
+from carproto.latent.encoder import LatentEncoder, evaluate_encoder, load_encoder, save_encoder  # noqa: E402
 from carproto.latent.joint import ChildCars, tune_jointly  # noqa: E402
 from carproto.run import RunFolder, load_checkpoint  # noqa: E402
 
@@ -134,6 +140,34 @@ def load_source(source: Path | None, stage: str) -> dict | None:
     return state if state is not None else read_milestone(source)
 
 
+def measure_probe(probe: FuturismProbe, features: list[torch.Tensor], images: list[torch.Tensor]) -> dict:
+    """Measure a probe on held-out common and concept cars: how well it tells them apart, and how it follows paint."""
+    logits = [probe.logit(some) for some in features]
+    saturation = [(x.amax(1) - x.amin(1)).float().mean((1, 2)) for x in images]  # of the mean pixel, 0 to 255
+    kinds = ("common", "concept")
+    return {
+        "heldout_logit": {kind: [x.mean().item(), x.std().item()] for kind, x in zip(kinds, logits)},
+        "heldout_auc": (logits[1][:, None] > logits[0]).float().mean().item(),
+        "n_heldout": [len(x) for x in logits],
+        "saturation_correlation": {
+            kind: torch.corrcoef(torch.stack(pair))[0, 1].item() for kind, pair in zip(kinds, zip(logits, saturation))
+        },
+    }
+
+
+def fit_probe(E: LatentEncoder, sets: list[torch.Tensor]) -> FuturismProbe:
+    """Fit a futurism probe to grey copies of common and concept cars; report how it does on unseen sets of both.
+
+    A probe that sees colours is fitted and measured too, for comparison."""
+    reports = {}
+    for name in (ENCODER, GREY_ENCODER):
+        features = [encoder_features(E, images, grey=name == GREY_ENCODER) for images in sets]
+        probe = fit_futurism_probe(*features[:2], extractor=name)
+        reports[name] = measure_probe(probe, features[2:], sets[2:])
+    probe.report |= {**reports[GREY_ENCODER], "in_colour": reports[ENCODER]}
+    return probe
+
+
 def prepare_release(arguments: argparse.Namespace, cars: CarImages, unseen: CarImages) -> None:
     """Evaluate a joint run's encoder, and fit a futurism probe to its features."""
     if arguments.concepts is None or arguments.concepts_heldout is None:
@@ -145,13 +179,9 @@ def prepare_release(arguments: argparse.Namespace, cars: CarImages, unseen: CarI
     save_encoder(E, arguments.run / "encoder", about={**scores, "steps": load_json(source / "config.json")["steps"]})
     packs = (arguments.concepts, arguments.concepts_heldout)
     concepts, unseen_concepts = (open_aligned(path, arguments, arguments.size) for path in packs)
-    features = [encoder_features(E, some.images) for some in (cars, concepts, unseen, unseen_concepts)]
-    probe = fit_futurism_probe(*features[:2], extractor=ENCODER)
-    low, high = (probe.logit(some) for some in features[2:])
-    ends = {name: [x.mean().item(), x.std().item()] for name, x in (("common", low), ("concept", high))}
-    auc = (high[:, None] > low).float().mean().item()
-    probe.report |= {"heldout_logit": ends, "heldout_auc": auc, "n_heldout": [len(low), len(high)]}
+    probe = fit_probe(E, [some.images for some in (cars, concepts, unseen, unseen_concepts)])
     probe.save(arguments.run / "probe")
+    auc = probe.report["heldout_auc"]
     print(f"photo R2 {scores['photo_r2']:.3f}; futurism of held-out cars: AUC {auc:.3f}")
 
 
@@ -184,14 +214,15 @@ def main(argv: list[str] | None = None) -> None:
         if config.fixed_generator and arguments.child:
             options["child"] = open_child(arguments)
         if load_checkpoint(run.checkpoints) is not None:
-            config = replace(config, grow_steps=run.config().get("grow_steps", 0))
+            stored = run.config()
+            config = replace(config, grow_steps=stored.get("grow_steps", 0), encoder_side=stored.get("encoder_side"))
         else:
             source = load_source(arguments.source, arguments.stage)
             if source["config"]["size"] < config.size:
                 source = grow_parent(source, cars.images, steps=GROW_STEPS)
                 about["growth"] = source["growth"]
             else:
-                config = replace(config, grow_steps=0)
+                config = replace(config, grow_steps=0, encoder_side=source["config"].get("encoder_side"))
         result = tune_jointly(cars.images, arguments.run, config, parent=source, **options)
     else:
         source = load_source(arguments.source, arguments.stage)

@@ -157,10 +157,8 @@ class JointTrainer(Trainer):
         if perceptual is None and self.heads is not None:
             perceptual = PerceptualDistance(self.heads.features)
         self.perceptual = perceptual
-        channels = [shape[0] for shape in self.G_ema.gain_shapes]
-        self.E = StyleEncoder(
-            config.size, config.z_dim, config.encoder_width, channels=channels, seed=config.seed + 7
-        )
+        options = {"channels": [shape[0] for shape in self.G_ema.gain_shapes], "side": config.encoder_side}
+        self.E = StyleEncoder(config.size, config.z_dim, config.encoder_width, **options, seed=config.seed + 7)
         self.E.fit_projection(images)
         self.E.to(device=self.device, memory_format=torch.channels_last)
         self.E_ema = copy.deepcopy(self.E).requires_grad_(False)
