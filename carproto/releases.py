@@ -102,8 +102,8 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "5a11b91ea523eeb3df88b0f7eb25040a6994096790966f8c2cae039765db7824",
     },
     "photo128/probe": {
-        "config.json": "6c0bc062fd4e5bc15685175dbf9e84f3d1a119ad6f202e95c81f5e9a27dc21af",
-        "model.safetensors": "fc4f9a243638b747a676f7df1cd67efc6238a93032e3ec2307e2d5c6707b9e4a",
+        "config.json": "e2d2d26a9b46572329d35127b8f14f9a5021ab7eaa684bd012c978eae288e305",
+        "model.safetensors": "70799f1d6f812d3701581ff0867f2bf9dae9b5d162552bd8e79bf502e3e101c7",
     },
     "photo128/whole_cars/common": {
         "config.json": "e1424c2392dd14cede8a15a93e26b1b1d73ffd8d3b39826ff840bd7cfd798105",
