@@ -7,7 +7,8 @@ Both generators are fitted to the larger ones' images of random latents, and of 
 inverts, of both kinds in both generators: a blend takes a common car through the child too. Weights are stored as int8,
 as a release does, so that the encoder goes on from the generators that are released:
 
-    python studies/photo_pair.py encoder --source runs/half/milestone --child runs/half/futuristic ...
+    python studies/photo_pair.py encoder --source runs/half/milestone --generator runs/half/common \\
+        --child runs/half/futuristic ...
 
 The discriminator, whose features refinement compares, is another training's at half the size."""
 

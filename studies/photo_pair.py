@@ -47,7 +47,7 @@ from carproto.eval.metrics import Evaluator  # noqa: E402
 from carproto.files import load_json  # noqa: E402
 from carproto.gan.finetune import finetune_freezed  # noqa: E402
 from carproto.gan.grow import grow_config, grow_parent  # noqa: E402
-from carproto.gan.sngan import load_generator  # noqa: E402
+from carproto.gan.sngan import Generator, load_generator  # noqa: E402
 from carproto.gan.train import find_generator, train_gan  # noqa: E402
 from carproto.latent.encoder import LatentEncoder, evaluate_encoder, load_encoder, save_encoder  # noqa: E402
 from carproto.latent.joint import ChildCars, tune_jointly  # noqa: E402
@@ -107,6 +107,7 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--source", type=Path, help="run or milestone that a new run starts from; a parent needs none")
     parser.add_argument("--steps", type=int, help="of a joint run, or of an encoder alone; default: 60,000")
+    parser.add_argument("--generator", type=Path, help="run or folder of the parent as released, for an encoder alone")
     parser.add_argument("--child", type=Path, help="run or folder of the child that an encoder inverts too")
     parser.add_argument("--concepts", type=Path, help="futuristic cars, for the encoder, and the probe of a release")
     parser.add_argument("--concepts_heldout", type=Path, help="held-out ones")
@@ -121,13 +122,17 @@ def open_aligned(path: Path, arguments: argparse.Namespace, size: int) -> CarIma
     return CarImages(path, size, align=Aligner(AlignConfig(aspect=arguments.aspect), masks=masks))
 
 
+def open_generator(path: Path) -> Generator:
+    """Open the generator of a run, or of a folder of weights."""
+    return load_generator(path if (path / "model.safetensors").is_file() else find_generator(path), "cpu")
+
+
 def open_child(arguments: argparse.Namespace) -> ChildCars:
     """Open the child of a run, or from a folder of weights, and the photos that it learned from."""
     if arguments.concepts is None:
         raise CarprotoError("an encoder inverts a child's cars with their photos: name --concepts")
-    folder = arguments.child if (arguments.child / "model.safetensors").is_file() else find_generator(arguments.child)
     concepts = open_aligned(arguments.concepts, arguments, arguments.size).images
-    return ChildCars(concepts, load_generator(folder, "cpu"))
+    return ChildCars(concepts, open_generator(arguments.child))
 
 
 def load_source(source: Path | None, stage: str) -> dict | None:
@@ -213,6 +218,8 @@ def main(argv: list[str] | None = None) -> None:
             options["evaluate"] = None  # its samples stay the same
         if config.fixed_generator and arguments.child:
             options["child"] = open_child(arguments)
+        if config.fixed_generator and arguments.generator:
+            options["generator"] = open_generator(arguments.generator)
         if load_checkpoint(run.checkpoints) is not None:
             stored = run.config()
             config = replace(config, grow_steps=stored.get("grow_steps", 0), encoder_side=stored.get("encoder_side"))

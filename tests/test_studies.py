@@ -17,10 +17,17 @@ from carproto.core import sample_latents
 from carproto.files import load_json
 from carproto.gan.finetune import child_config, finetune_freezed
 from carproto.gan.fused_conv import ConvPool, UpConv
-from carproto.gan.sngan import Generator, load_generator, measure_statistics
+from carproto.gan.sngan import (
+    Discriminator,
+    Generator,
+    load_generator,
+    measure_statistics,
+    save_discriminator,
+    save_generator,
+)
 from carproto.gan.train import train_gan
 from carproto.images import to_picture
-from carproto.latent.encoder import load_encoder
+from carproto.latent.encoder import StyleEncoder, load_encoder, save_encoder
 from carproto.latent.joint import tune_jointly
 from carproto.run import RunFolder, load_checkpoint
 from carproto.toycars.dataset import ToyCars
@@ -31,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "studies"))
 import _record as study_record  # noqa: E402
 import freezed as study_freezed  # noqa: E402
+import halve_pair as study_halve  # noqa: E402
 import parity as study_parity  # noqa: E402
 import photo_blends as study_blends  # noqa: E402
 import photo_pair as study_pair  # noqa: E402
@@ -364,6 +372,41 @@ def test_photo_pair_grows_a_run_of_64_px_and_goes_on_with_its_options(tmp_path, 
     encoders = [load_encoder(name / "encoder", device="cpu") for name in names]
     assert generators[0].fingerprint() == generators[1].fingerprint()
     assert fingerprint(encoders[0]) != fingerprint(encoders[1])
+
+
+def test_halve_pair_makes_a_pair_whose_encoder_goes_on(tmp_path, monkeypatch):
+    tiny = {"width": 2, "z_dim": 8, "batch": 4, "photo_batch": 4, "encoder_width": 8, "lecam_weight": 0.0}
+    frame = SimpleNamespace(config=study_pair.AlignConfig())
+    opened = {size: SimpleNamespace(images=ToyCars(16, size, seed=1).images, align=frame) for size in (64, 128)}
+    monkeypatch.setattr(study_pair, "JOINT", JointConfig(size=64, steps=1, report_every=1, **tiny))
+    for study in (study_pair, study_halve):
+        monkeypatch.setattr(study, "open_aligned", lambda path, arguments, size: opened[size])
+    monkeypatch.setattr(study_pair, "mobilenet_extractor", lambda path, size: None)
+    monkeypatch.setattr(study_pair, "Evaluator", lambda *images, **options: SimpleNamespace(evaluate=lambda G: {}))
+    G = Generator(128, 8, 1, max_channels=32, seed=1).eval().requires_grad_(False)
+    E = StyleEncoder(128, 8, 8, channels=[shape[0] for shape in G.gain_shapes], generator=G.fingerprint()).eval()
+    E.fit_projection(opened[128].images)
+    for kind in ("common", "futuristic"):
+        save_generator(G, tmp_path / "whole" / kind)
+    save_encoder(E, tmp_path / "whole/encoder")
+    for size in (32, 64):
+        save_discriminator(Discriminator(size, 2), tmp_path / f"D{size}")
+    photos, out = ["--data", "a.zip", "--concepts", "c.zip", "--threads", "1"], tmp_path / "half"
+    command = [str(tmp_path / "whole"), *photos, "--steps", "1", "--out", str(out)]
+    with pytest.raises(CarprotoError, match="takes 32 px, not 64"):
+        study_halve.main([*command, "--discriminator", str(tmp_path / "D32")])
+    study_halve.main([*command, "--discriminator", str(tmp_path / "D64")])
+    with pytest.raises(CarprotoError, match="exists: name a new folder"):
+        study_halve.main([*command, "--discriminator", str(tmp_path / "D64")])
+    half = load_generator(out / "common/final", "cpu")
+    smaller = load_encoder(out / "common/final/encoder", fingerprint=half.fingerprint(), device="cpu")
+    assert (half.size, smaller.size, smaller.side) == (64, 64, 128)
+    line = ["encoder", *photos, "--heldout", "b.zip", "--extractor", "x", "--source", str(out / "milestone")]
+    pair = ["--generator", str(out / "common"), "--child", str(out / "futuristic")]
+    study_pair.main([*line, *pair, "--run", str(tmp_path / "encoder")])
+    final = tmp_path / "encoder/final"
+    trained = load_encoder(final / "encoder", fingerprint=half.fingerprint(), device="cpu")
+    assert trained.side == 128 and fingerprint(trained) != fingerprint(smaller)
 
 
 def test_one_inversion_is_taken_out_of_many():

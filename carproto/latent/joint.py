@@ -149,6 +149,7 @@ class JointTrainer(Trainer):
         *,
         perceptual: PerceptualDistance | None = None,  # None takes the feature discriminator's features, or pixels
         child: ChildCars | None = None,  # futuristic cars for an encoder that is trained alone
+        generator: Generator | None = None,  # for an encoder that is trained alone; None measures the EMA's statistics
         **options,  # of `Trainer`
     ):
         super().__init__(images, config, device, **options)
@@ -168,20 +169,23 @@ class JointTrainer(Trainer):
         self.white = WhitePenalty()
         self.child = child
         if child is not None:
-            self._check_child(child)
+            self._check_fixed(child.generator)
             self.parts = (*type(self).parts, "child")
             child.start(config.photo_batch, config.seed + 9, self.device)
         self.gain_shares = self.G_ema.gain_shares().to(self.device)
         self.last_reconstructions = None  # of the step before, where they are scored
         self.fixed = None  # the generator of the first step, where it is fixed
+        if generator is not None:
+            self._check_fixed(generator)
+            self.fixed = copy.deepcopy(generator).eval().requires_grad_(False).to(self.device)
         self._split_optimizer()
 
-    def _check_child(self, child: ChildCars) -> None:
-        "Raise `CarprotoError` for a child of another architecture, or beside a generator that is trained."
+    def _check_fixed(self, generator: Generator) -> None:
+        "Raise `CarprotoError` for a generator of another architecture, or beside one that is trained."
         if not self.config.fixed_generator:
-            raise CarprotoError("a child's cars train an encoder alone: set fixed_generator")
-        if (child.generator.z_dim, child.generator.gain_shapes) != (self.G_ema.z_dim, self.G_ema.gain_shapes):
-            raise CarprotoError("the child is of another architecture than its parent: give a pair of one training")
+            raise CarprotoError("a generator or child of its own trains an encoder alone: set fixed_generator")
+        if (generator.z_dim, generator.gain_shapes) != (self.G_ema.z_dim, self.G_ema.gain_shapes):
+            raise CarprotoError("a generator is of another architecture than its parent: give those of one training")
 
     def step_discriminator(self) -> dict[str, torch.Tensor]:
         "Do one step of the discriminators; none where the generator is fixed."
@@ -362,12 +366,14 @@ def tune_jointly(
     perceptual: PerceptualDistance | None = None,  # None takes the feature discriminator's features, or pixels
     heldout: torch.Tensor | None = None,  # uint8 photos never trained on, for the encoder's errors
     child: ChildCars | None = None,  # futuristic cars for an encoder that is trained alone
+    generator: Generator | None = None,  # for an encoder that is trained alone; None measures the EMA's statistics
     **options,  # of `train_gan`
 ) -> Result:  # the generator and the record; its encoder is in final/encoder of the run
     "Train a generator and its encoder together, or resume such a run."
-    make: Callable[..., Trainer] = partial(JointTrainer, perceptual=perceptual, child=child)
-    if child is not None:
-        options["about"] = {**(options.get("about") or {}), "child": child.describe()}
+    make: Callable[..., Trainer] = partial(JointTrainer, perceptual=perceptual, child=child, generator=generator)
+    fixed = {} if generator is None else {"generator": generator.fingerprint()}
+    fixed |= {} if child is None else {"child": child.describe()}
+    options["about"] = {**(options.get("about") or {}), **fixed}
     result = train_gan(images, run_dir, config, parent=parent, make_trainer=make, heldout=heldout, **options)
     if heldout is not None:
         folder, G = result.run.path / "final", result.generator
