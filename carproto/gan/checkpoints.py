@@ -90,7 +90,7 @@ def check_finite(
     bad = find_nonfinite(state)
     if trainer.processes.any(bad is not None):
         text = f"{bad or 'another process'} holds NaN or infinity at step {trainer.step}"
-        raise CarprotoError(f"{text}: lower lr_g and lr_d, or use fp32; {name_last_good(run.checkpoints)}")
+        raise CarprotoError(f"{text}: lower the learning rates, or use fp32; {name_last_good(run.checkpoints)}")
 
 # %% ../../nbs/4_gan/11_checkpoints.ipynb #dafa6df5
 def resume(

@@ -155,8 +155,8 @@ def check_health(
 ) -> None:
     "Raise `CarprotoError` when a loss is not a number, D has won for good, or G has collapsed to one image."
     fault = None
-    if not all(math.isfinite(row[name]) for name in row if name.startswith("loss_")):
-        fault = f"the loss is not a number at step {row['step']}: lower lr_g and lr_d, or use fp32"
+    if bad := [name for name in row if name.startswith("loss_") and not math.isfinite(row[name])]:
+        fault = f"{', '.join(bad)} is not a number at step {row['step']}: lower the learning rates, or use fp32"
     elif row.get("logit_real", 0) - row.get("logit_fake", 0) > 50:
         fault = f"the discriminator has won at step {row['step']}: lower lr_d or add images"
     elif row.get("pixel_diversity", 1.0) < 0.02:
