@@ -156,16 +156,21 @@ def plan_in_pieces(
 ) -> Iterator[None]:  # returns the `PathPlan` of this pair of cars
     "Find a path of intensities on which futurism rises evenly and no step jumps, in pieces."
 
-    def search(points: torch.Tensor) -> Iterator[None]:
-        scores, features = yield from _measure_in_pieces(points, generate, futurism, perceptual)
+    def search(points: torch.Tensor, scores: torch.Tensor, features: torch.Tensor) -> Iterator[None]:
         apart = torch.cdist(features, features).square().double()
         return (yield from _plan_through(points.double(), scores, apart, steps, max_step, min_spearman))
 
     side = torch.linspace(0, 1, n)
-    flaw, plan = yield from search(torch.cartesian_prod(side, side)[:, [0, 1, 1]])
+    points = torch.cartesian_prod(side, side)[:, [0, 1, 1]]
+    measured = (points, *(yield from _measure_in_pieces(points, generate, futurism, perceptual)))
+    flaw, plan = yield from search(*measured)
     if plan.rises and any(flaw) and n_cube:
         side = torch.linspace(0, 1, n_cube)
-        other_flaw, other = yield from search(torch.cartesian_prod(side, side, side))
+        cube = torch.cartesian_prod(side, side, side)
+        new = cube[~(cube[:, None] == points).all(2).any(1)]
+        parts = (new, *(yield from _measure_in_pieces(new, generate, futurism, perceptual)))
+        order = torch.cat([points, new]).unique(dim=0, return_inverse=True)[1].argsort()  # start first, end last
+        other_flaw, other = yield from search(*(torch.cat(pair)[order] for pair in zip(measured, parts)))
         plan = other if other_flaw < flaw else plan
     return plan
 
