@@ -114,36 +114,36 @@ RELEASES = {  # SHA-256 of each file; tools/release.py writes this table anew
         "model.safetensors": "41cff72bdd266f7199e468c161154eb64392026ef4fd05e8ea789c9f75db7c14",
     },
     "photo64/common": {
-        "config.json": "6b3fd80e748f0d98d83cb795ce8d146f74cbae622126a1d4bf54769a8c14a9f0",
-        "model.safetensors": "669249a7151967cb7620496389d1126de65b604c3c9631dfe1b5b2d981397f98",
+        "config.json": "d6ba15b5e5e382742137af73f3ca38fc9d88fcbf5a3fe01dbe0ce071e26e07a6",
+        "model.safetensors": "0dd7962bcf2d37324b17948e09d8ad9a6b67050e2b0ae0e575cfddecdcbd37a5",
     },
     "photo64/common/discriminator": {
         "config.json": "254360a5dd642a20c48f7d459a40220c219996514bb16df4ff1a51fea741047f",
         "model.safetensors": "20778517bb234170e9fcc557696baee41db1871896bb90c635c651e793c0d3eb",
     },
     "photo64/editor": {
-        "config.json": "c5a1fa1f373885413ba6f044779ad0ae74f6cab71bfc4b8f5fd4ac0c478f4add",
-        "model.safetensors": "41aa5f77b0ed679f367f0be5d0c830fce3f053fab33b31f5a85f1534ad629ecd",
+        "config.json": "6a786705258e214b5eba94e85060a46ae6a45d5c13cf87d3b0ab565614de93d2",
+        "model.safetensors": "51b317d8da3a4567c1c1821809b010eda4b630d0a3f3ff5f9e3a6d6e4175fed1",
     },
     "photo64/encoder": {
-        "config.json": "f3da2204254f2cbaeeea7a75caf05bddf0caa6b03d88d351d2fd2c437d6e94e6",
-        "model.safetensors": "90ed17f35b286b2ec23defcab1625b5f27d86286c766852e63903ca762fa4dd1",
+        "config.json": "040b87d6de3a6d6bba654dbf9e2a8e2f62aea08882aa3ac1744e8e1aeb17aa04",
+        "model.safetensors": "40c393a6ada2ab02e9c90d8c71003c30971f0fb1d9b2a7dfd182d318fc934972",
     },
     "photo64/futuristic": {
-        "config.json": "8a9cce06187b038e36395ce94faacf549dbcb18b8fe82e790849c16056d4022e",
-        "model.safetensors": "b438e8418058f7cc23e5b1f38fd4cc5588b2ca91ca480b42057d0c10c0b6b934",
+        "config.json": "d6ba15b5e5e382742137af73f3ca38fc9d88fcbf5a3fe01dbe0ce071e26e07a6",
+        "model.safetensors": "61d46971162e3dd079d236ee12b408d3767ab37b467750ed5bd053bc64fa5b1a",
     },
     "photo64/probe": {
-        "config.json": "a163c33d323511ba96e2ba3b368813313bc2f318a8ed4740e846ac0f7e6c7938",
-        "model.safetensors": "7434ac065e9591f1180455495094d269e5a35d78105e306e4f7e54c70a88b794",
+        "config.json": "471f77a703338a9695774fc697c0c33d868fb91a172f6850af7d3c24acdce0f4",
+        "model.safetensors": "d471b1c7e60fbb6521101f123679106d60af7f279f585cc944a8c1fe1fea9883",
     },
     "photo64/whole_cars/common": {
-        "config.json": "180ca1e887fc3ab3074acdc015b98552095762dd704f85d129dbfd3fcebd9665",
-        "model.safetensors": "bb5a1fb90495abfef51472a8bef3e36b63fd3734491bf5e8f04279913b7e0971",
+        "config.json": "f583c752c2ad3cf213f164ac9ad74b87124573bbb987f41debaa5525913c8033",
+        "model.safetensors": "8f29ad75bbb712c8a0bb486d1427fb5d3b00253b257c4ae1f9e6d0f467b5ee88",
     },
     "photo64/whole_cars/futuristic": {
-        "config.json": "735479e93c87e2c123f4910d4098b009b07b58e95cbfa11d30104495c652d0c7",
-        "model.safetensors": "2f5ffc59c13c89d434c6d9650cde4413a7d9729d386c8307838ca321c96c19d5",
+        "config.json": "9626b2b590688e5969f5ef2c6b21a46624427a6a16918eaabb03dee237ff0fb3",
+        "model.safetensors": "eb40aa5177458d40fcd2382c3b4dc4e6fcce7e14b4a924405180eddea6de1d2c",
     },
     "toy32/common": {
         "config.json": "6cba53dd034a95a7798771a73b11fee38636453d408b7f3c74398409f18e7c90",
