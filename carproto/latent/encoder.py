@@ -263,7 +263,9 @@ def halve_encoder(
     config = E.config() | {"size": half.size, "channels": channels, "side": E.side, "generator": half.fingerprint()}
     halved = StyleEncoder(**config)
     state, n = E.state_dict(), sum(channels)
-    halved.load_state_dict({name: value[:n] if name.startswith("to_gains.") else value for name, value in state.items()})
+    for name in ("to_gains.weight", "to_gains.bias"):
+        state[name] = state[name][:n]
+    halved.load_state_dict(state)
     return halved.eval().requires_grad_(False)
 
 # %% ../../nbs/6_latent/00_encoder.ipynb #966dc724
