@@ -9,6 +9,7 @@ __all__ = ['NOT_RISING', 'Calibration', 'calibrate_in_pieces', 'calibrate']
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class Calibration:
 
     plan: PathPlan | SpeedPlan  # of all that moves
     keep: str | None = None  # what does not move: latent or generator; None moves both
+    gain_power: float | None = None  # how fast channel gains fade on the path; None leaves the recipe's
 
     @property
     def rises(self) -> bool:
@@ -41,6 +43,8 @@ class Calibration:
     ) -> BlendRecipe:  # with calibrated intensities
         "Set a recipe's intensities; raise `CarprotoError` for labels outside [0, 1], unless extrapolation is on."
         planned = self.plan(recipe.labels, extrapolate=extrapolate)
+        if self.gain_power is not None:
+            recipe = replace(recipe, gain_power=self.gain_power)
         if self.keep is not None:
             moved = "generator" if self.keep == "latent" else "latent"
             return replace(recipe, **{moved: planned.tolist()})
@@ -57,6 +61,9 @@ def _values_at(series: Sequence, labels: Sequence[float], raw: torch.Tensor) -> 
     return values[:, 0] if values.shape[1] == 1 else values
 
 
+_SLOWER = (2.0, 1.0)  # gain powers to try where no path is even
+
+
 def calibrate_in_pieces(
     recipe: BlendRecipe,  # of the two cars, with the intensities that are kept
     generators: Sequence[Generator],  # common and futuristic
@@ -71,9 +78,9 @@ def calibrate_in_pieces(
 
     recipe.check_generators(*generators)  # once: a hash of all weights takes as long as some frames
 
-    def generate(latent: torch.Tensor, generator: torch.Tensor) -> torch.Tensor:
+    def generate(latent: torch.Tensor, generator: torch.Tensor, power: float = recipe.gain_power) -> torch.Tensor:
         w = latent.tolist()
-        moved = replace(recipe, latent=w, generator=generator.tolist(), labels=w)
+        moved = replace(recipe, latent=w, generator=generator.tolist(), labels=w, gain_power=power)
         return moved.generate_frames(*generators, range(len(w)))
 
     def generate_kept(raw: torch.Tensor) -> torch.Tensor:
@@ -81,13 +88,19 @@ def calibrate_in_pieces(
         return generate(fixed, raw) if keep == "latent" else generate(raw, fixed)
 
     yield
+    gain_power = None
     if keep is None:
         plan = yield from plan_in_pieces(generate, futurism, perceptual=perceptual)
+        has_gains = recipe.channel_gains_a is not None or recipe.channel_gains_b is not None
+        for power in _SLOWER if has_gains else ():
+            if plan.rises and any(plan.flaw()):
+                slower = yield from plan_in_pieces(partial(generate, power=power), futurism, perceptual=perceptual)
+                plan, gain_power = (slower, power) if slower.flaw() < plan.flaw() else (plan, gain_power)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the plan itself says whether futurism rises
             plan = plan_speed(generate_kept, futurism, perceptual=perceptual)
-    return Calibration(plan, keep)
+    return Calibration(plan, keep, gain_power)
 
 
 def calibrate(
