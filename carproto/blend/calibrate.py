@@ -93,7 +93,7 @@ def calibrate_in_pieces(
         plan = yield from plan_in_pieces(generate, futurism, perceptual=perceptual)
         has_gains = recipe.channel_gains_a is not None or recipe.channel_gains_b is not None
         for power in _SLOWER if has_gains else ():
-            if plan.rises and any(plan.flaw()):
+            if power < recipe.gain_power and plan.rises and any(plan.flaw()):
                 slower = yield from plan_in_pieces(partial(generate, power=power), futurism, perceptual=perceptual)
                 plan, gain_power = (slower, power) if slower.flaw() < plan.flaw() else (plan, gain_power)
     else:

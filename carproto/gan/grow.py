@@ -108,7 +108,7 @@ def grow_discriminator(
 
 # %% ../../nbs/4_gan/15_grow.ipynb #d4f59f06
 def halve_generator(
-    G: Generator,  # a trained one of 32 px or more, in eval mode; not changed
+    G: Generator,  # a trained one of 32 px or more, in eval mode, on the CPU; not changed
     *,
     parent: tuple[Generator, Generator] | None = None,  # the generator that G was fine-tuned from, and its half
     inversions: tuple[torch.Tensor, torch.Tensor] | None = None,  # latents (M, z_dim), channel gains (M, n) of photos
